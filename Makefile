@@ -1,0 +1,79 @@
+# `make run` serves, `make test` tests; both install what they need into .venv first.
+
+PYTHON ?= python3
+ARCH ?= alexnet
+WEIGHTS ?= pretrained
+PRECISION ?= fp32
+OUT ?= model
+# Where CPU builds of torch come from; empty, or out of reach, means pip's own index.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+TORCH_PINS = $(shell grep -o '^torch[a-z]*==[0-9.]*' requirements-export.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help run model test lint proto clean
+
+help:
+	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
+	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32 OUT=model"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make proto   generate proto/generated from proto/grpc_predict_v2.proto"
+	@echo "make clean   remove the environments and the exported model"
+
+run: $(VENV)/.runtime model/model.onnx
+	exec $(VENV)/bin/python app.py --model_name=custom-model
+
+model/model.onnx:
+	$(MAKE) model WEIGHTS=auto OUT=model
+
+model: $(VENV)/.export
+	$(VENV)/bin/python -m model_export --arch $(ARCH) --weights $(WEIGHTS) --precision $(PRECISION) --output $(OUT)
+
+test: $(VENV)/.dev .venv-kserve/.kserve
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+proto: $(VENV)/.dev
+	rm -rf proto/generated && mkdir proto/generated
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto/generated \
+		--python_betterproto2_opt=client_generation=none --python_betterproto2_opt=server_generation=none \
+		proto/grpc_predict_v2.proto
+
+clean:
+	rm -rf $(VENV) .venv-kserve model .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The empty files say which requirements are installed, and since when.
+$(VENV)/.runtime: requirements.txt requirements-base.txt | $(VENV)/bin/python
+	@echo "installing the server's requirements"
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.export: requirements-export.txt $(VENV)/.runtime
+	@echo "installing torch and torchvision for the export: a few minutes"
+ifneq ($(TORCH_INDEX_URL),)
+	@$(PIP) --retries 1 --no-deps --index-url $(TORCH_INDEX_URL) $(TORCH_PINS) 2>/dev/null || \
+		echo "no torch from $(TORCH_INDEX_URL): taking the build of pip's own index"
+endif
+	$(PIP) -r requirements-export.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.export
+	@echo "installing the test tools"
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+.venv-kserve/.kserve: requirements-kserve.txt
+	@echo "installing KServe's clients for the tests"
+	$(PYTHON) -m venv .venv-kserve
+	.venv-kserve/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-kserve.txt
+	@touch $@
