@@ -1,0 +1,133 @@
+"""Every failure that somebody outside can meet, in two tables: what a client is answered, and how a start ends."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+LONGEST_TEXT_CHARACTERS = 300
+
+
+class ServingError(Exception):
+    """A failure with an answer for the client.
+
+    `str(error)` is the public text: it says what is wrong and where, and never repeats the payload. `grpc_status`
+    is a name of grpc.StatusCode. `retry` says whether the same request may succeed later.
+    """
+
+    http_status: ClassVar[int]
+    grpc_status: ClassVar[str]
+    retry: ClassVar[bool] = False
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text[:LONGEST_TEXT_CHARACTERS])  # a name in it may be the client's, and of any length
+
+
+class InvalidInput(ServingError):
+    """The request cannot be answered as it is. Raised by transports, tensors, image and predictors."""
+
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class ModelNotFound(ServingError):
+    """No model of that name is served. Raised by models."""
+
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Model with name {name} does not exist.")
+
+
+class TooLarge(ServingError):
+    """A limit on sizes is exceeded; the text names the limit. Raised by rest_guard, image and dataplane."""
+
+    http_status = 413
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class UnsupportedMediaType(ServingError):
+    """The body's content type or encoding is not one that is read. Raised by the REST transports."""
+
+    http_status = 415
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class InternalError(ServingError):
+    """Something of ours, or of the predictor's, is broken: the log has it, the client does not. Raised by dataplane."""
+
+    http_status = 500
+    grpc_status = "INTERNAL"
+
+    def __init__(self) -> None:
+        super().__init__("Internal server error")
+
+
+class ModelNotReady(ServingError):
+    """The model exists but would not answer now. Raised by models."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    retry = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Model with name {name} is not ready.")
+
+
+class Overloaded(ServingError):
+    """As many requests are under way as are allowed at once. Raised by dataplane."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    retry = True
+
+    def __init__(self) -> None:
+        super().__init__("The server is at its limit of concurrent requests; try again.")
+
+
+class StartError(Exception):
+    """The server cannot start, or not go on: `str(error)` is the one line that says what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class BadSetting(StartError):
+    """A flag or environment variable is unknown or out of range."""
+
+    exit_code = 2
+
+
+class PortInUse(StartError):
+    """A port cannot be listened on."""
+
+    exit_code = 3
+
+
+class ModelMissing(StartError):
+    """No model is where it was looked for."""
+
+    exit_code = 4
+
+
+class ModelDamaged(StartError):
+    """The model is there and cannot be loaded."""
+
+    exit_code = 5
+
+
+class DeviceMissing(StartError):
+    """The device that was demanded cannot be had."""
+
+    exit_code = 6
+
+
+class PredictorBroken(StartError):
+    """--predictor cannot be imported, or fails to load its model."""
+
+    exit_code = 7
+
+
+class DrainCut(StartError):
+    """The grace period ended before the last accepted request was answered."""
+
+    exit_code = 8

@@ -1,0 +1,169 @@
+"""Every setting once: its flag, environment variable, default, range and help all come from one table, Settings.
+
+A flag wins over its environment variable, that over the platform's own (PORT, K_SERVICE), that over the default.
+Environment variables matter because in a buildpack image arguments replace the Procfile's whole line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from serving import __version__
+from serving.errors import BadSetting
+
+ENVIRONMENT_PREFIX = "SERVING_"  # bare names would clash: Kubernetes sets HTTP_PORT=tcp://… for a service named http
+MIB = 1024 * 1024
+
+Check = Callable[[Any], str | None]
+
+
+def _between(low: float, high: float) -> Check:
+    return lambda value: None if low <= value <= high else f"must lie between {low} and {high}"
+
+
+def _one_of(*choices: str) -> Check:
+    return lambda value: None if value in choices else f"must be one of {', '.join(choices)}"
+
+
+def _matches(pattern: str, what: str) -> Check:
+    return lambda value: None if re.fullmatch(pattern, value) else f"must be {what}"
+
+
+def _setting(default: Any, help_text: str, check: Check | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "check": check})
+
+
+_port = _between(0, 65535)
+_positive = _between(1, 2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the server was started with; units are in the names."""
+
+    model_name: str = _setting(
+        "custom-model",
+        "name that clients call the model by; on Knative the service's name is the default",
+        _matches(r"[^/:\s]+", "a name without slash, colon or blank"),
+    )
+    model_dir: Path | None = _setting(
+        None, "directory of the exported model, or its .onnx file; else /mnt/models, else model/ beside app.py"
+    )
+    predictor: str = _setting(
+        "serving.classifier:Classifier",
+        "class that turns requests into rows and predictions into answers, as module:Class",
+        _matches(r"[\w.]+:\w+", "module:Class"),
+    )
+    host: str = _setting("", "address to listen on; empty means every interface, IPv4 and IPv6")
+    http_port: int = _setting(8080, "port of REST; 0 takes a free one; PORT in the environment is the default", _port)
+    grpc_port: int = _setting(8081, "port of gRPC; 0 takes a free one", _port)
+    device: str = _setting(
+        "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",
+        _one_of("auto", "cpu", "cuda"),
+    )  # fmt: skip
+    threads: int = _setting(
+        0, "threads that run the model, and threads that decode images; 0 means one a CPU of the quota",
+        _between(0, 1024),
+    )  # fmt: skip
+    max_body_bytes: int = _setting(8 * MIB, "largest REST body; a larger one is answered 413", _positive)
+    grpc_max_receive_message_length: int = _setting(
+        8 * MIB, "largest gRPC request in bytes; a larger one is answered RESOURCE_EXHAUSTED", _positive
+    )
+    grpc_max_send_message_length: int = _setting(
+        8 * MIB, "largest gRPC response in bytes; a larger one is answered RESOURCE_EXHAUSTED", _positive
+    )
+    max_image_pixels: int = _setting(
+        50_000_000, "largest image, width times height; a larger one is answered 413 without being decoded", _positive
+    )
+    max_instances: int = _setting(128, "most rows in one request; more are answered 413", _positive)
+    max_concurrent_requests: int = _setting(
+        256, "most inference requests under way at once; one more is answered 503 at once", _positive
+    )
+    timeout_keep_alive: int = _setting(
+        65, "seconds that an idle HTTP connection stays open; keep it above the idle timeout of the proxy in front",
+        _positive,
+    )  # fmt: skip
+    grace_period_seconds: int = _setting(
+        25, "seconds that a stopping server has to answer what it accepted; keep it below Kubernetes' 30", _positive
+    )
+
+
+def environment_variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Raises BadSetting; --help and --version print and exit."""
+    given = vars(_parser().parse_args(arguments))
+    types = get_type_hints(Settings)
+    values: dict[str, Any] = {}
+    for entry in fields(Settings):
+        source, text = _source(entry.name, given, environment)
+        if not text:
+            continue
+        value = _convert(source, text, types[entry.name])
+        problem = entry.metadata["check"](value) if entry.metadata["check"] else None
+        if problem:
+            raise BadSetting(f"{source} {problem}, not {text}")
+        values[entry.name] = value
+    settings = Settings(**values)
+    if settings.http_port == settings.grpc_port != 0:
+        raise BadSetting(f"--http_port and --grpc_port are both {settings.http_port}: give each a port of its own")
+    return settings
+
+
+def _source(name: str, given: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, str]:
+    """Where the setting's value is taken from, and its text; an empty text means nowhere."""
+    variable = environment_variable(name)
+    if name in given:
+        return f"--{name}", given[name]
+    if environment.get(variable):
+        return variable, environment[variable]
+    if name == "http_port":
+        # Knative and Cloud Run set PORT to the published port. Where that is gRPC's, REST stays where it is.
+        published = environment.get("PORT", "")
+        grpc_port = _source("grpc_port", given, environment)[1] or str(Settings().grpc_port)
+        return "PORT", published if published != grpc_port else ""
+    if name == "model_name":
+        return "K_SERVICE", re.sub(r"-predictor(-.*)?$", "", environment.get("K_SERVICE", ""))
+    return variable, ""
+
+
+def _convert(source: str, text: str, kind: Any) -> Any:
+    if kind is not int:
+        return Path(text) if kind == Path | None else text
+    try:
+        return int(text)
+    except ValueError:
+        raise BadSetting(f"{source} must be a whole number, not {text}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadSetting(f"{message} (--help lists the flags)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="app.py",
+        description="Serves a model over KServe's REST and gRPC protocols.",
+        epilog="Every flag may be written with - for _.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    for entry in fields(Settings):
+        spellings = dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"])
+        default = "" if entry.default in (None, "") else f"default {entry.default}, "
+        parser.add_argument(
+            *spellings,
+            dest=entry.name,
+            metavar=entry.name.rsplit("_", 1)[-1].upper(),
+            help=f"{entry.metadata['help']} ({default}environment {environment_variable(entry.name)})",
+        )
+    return parser
