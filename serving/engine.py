@@ -1,0 +1,77 @@
+"""ONNX Runtime on the CPU or on CUDA: named arrays in, named arrays out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from numpy.typing import NDArray
+
+from serving.cpus import available_cpus
+from serving.errors import DeviceMissing, ModelDamaged, ModelMissing
+
+logger = logging.getLogger(__name__)
+
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+FATAL = 4
+NO_CUDA = "--device=cuda, but CUDA cannot be had: {}; --device=auto takes the CPU instead"
+
+
+class Engine:
+    """One ONNX model, loaded, its weights mapped where they lie beside it.
+
+    `run` may be called from several threads. Its own threads are counted from the CPU quota, since ONNX Runtime
+    would count the host's. Raises ModelMissing, ModelDamaged and DeviceMissing.
+    """
+
+    def __init__(self, model: Path | None, device: str, threads: int) -> None:
+        """`model` is an .onnx file or a directory with one; `device` is auto, cpu or cuda; 0 threads is the quota."""
+        file = _model_file(model)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or available_cpus()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = FATAL  # what goes wrong is raised, and said once, by us
+        providers = _providers(device)
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's exceptions have no class in common
+            reason = " ".join(str(error).split())
+            raise ModelDamaged(f"{file} cannot be loaded ({reason}); export the model again") from error
+        self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
+        if device == "cuda" and self.device != "cuda":
+            raise DeviceMissing(NO_CUDA.format("it did not start, see the driver and the CUDA libraries"))
+        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        logger.info("%s runs on %s, %d threads", file.name, self.device, options.intra_op_num_threads)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """An array for every input of the model, rows first, to an array for every output."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+
+def _model_file(model: Path | None) -> Path:
+    if model is None:
+        raise ModelMissing("no model in /mnt/models nor in model/: run `make model`, or name one with --model_dir")
+    if not model.is_dir():
+        return model
+    files = [path for path in model.glob("*.onnx") if not path.name.startswith(".")]
+    if len(files) != 1:
+        found = ", ".join(sorted(path.name for path in files)) or "none"
+        raise ModelMissing(f"{model} must hold exactly one .onnx file, and holds {found}: see --model_dir")
+    return files[0]
+
+
+def _providers(device: str) -> list[str]:
+    if device == "cpu":
+        return [CPU]
+    if CUDA not in onnxruntime.get_available_providers():
+        if device == "cuda":
+            raise DeviceMissing(NO_CUDA.format("this onnxruntime is built without it, install requirements-gpu.txt"))
+        return [CPU]
+    onnxruntime.set_default_logger_severity(FATAL)
+    onnxruntime.preload_dlls()  # pip's CUDA libraries are on no library path
+    return [CUDA, CPU]

@@ -1,0 +1,80 @@
+"""What a model has to do to be served: the four handlers, and the requests and responses that they see.
+
+A predictor of your own is a subclass, named by --predictor module:Class. `serving.classifier` is the one for images.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from serving.errors import InvalidInput
+from serving.settings import Settings
+from serving.tensors import Tensor, TensorSpec
+
+Rows = Mapping[str, NDArray[Any]]
+"""Named arrays whose first axis is the rows: as many in each, one an instance of the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One inference request, whichever protocol it came by."""
+
+    model_name: str
+    inputs: tuple[Tensor, ...]
+    id: str = ""
+
+    @property
+    def input(self) -> Tensor:
+        """The one input of a model that takes one. Raises InvalidInput."""
+        if len(self.inputs) != 1:
+            raise InvalidInput(f"the model takes one input, not {len(self.inputs)}")
+        return self.inputs[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What the predictor answers; the dataplane adds the name and the id."""
+
+    outputs: Sequence[Tensor]
+    model_name: str = ""
+    id: str = ""
+
+
+class Predictor(ABC):
+    """Loaded once, before the server is ready; then called from threads, never on the event loop.
+
+    `preprocess` and `postprocess` run for several requests at once, `predict` for one batch at a time. Any of them
+    may raise a ServingError for the client; any other exception is logged and answered as an internal error.
+    """
+
+    inputs: Sequence[TensorSpec] = ()
+    outputs: Sequence[TensorSpec] = ()
+    platform = ""
+    warning = ""
+    """Shown at every start and in the model's metadata, where not empty."""
+
+    def __init__(self, settings: Settings, model_dir: Path | None) -> None:
+        """`model_dir` is --model_dir, or where a model was found; it may be a file. None where there is none."""
+        self.settings = settings
+        self.model_dir = model_dir
+
+    def load(self) -> None:  # noqa: B027 a model may have nothing to load
+        """Make ready to predict; raise StartError, or anything, to stop the start."""
+
+    @abstractmethod
+    def preprocess(self, request: Request) -> Rows:
+        """One request to its rows."""
+
+    @abstractmethod
+    def predict(self, rows: Rows) -> Rows:
+        """The rows of a batch to the predictions for them, as many and in the same order."""
+
+    @abstractmethod
+    def postprocess(self, predictions: Rows, request: Request) -> Response:
+        """The predictions for one request's rows to its response."""
