@@ -1,0 +1,81 @@
+"""The life of the process, told top to bottom: bind, load, listen, ready, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from serving.dataplane import DataPlane
+from serving.errors import DrainCut
+from serving.models import Models, make_model
+from serving.settings import Settings
+from serving.transports.grpc_server import GrpcServer
+from serving.transports.grpc_service import InferenceService
+from serving.transports.http_app import make_http_app
+from serving.transports.http_server import HttpServer
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal, and answer what was accepted before it. Raises StartError."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave)  # nothing is accepted yet, so nothing is lost
+    http = HttpServer(settings)
+    model = make_model(settings)
+    model.load()
+    dataplane = DataPlane(Models([model]), settings)
+    try:
+        asyncio.run(_serve(http, dataplane, settings))
+    finally:
+        dataplane.close()
+
+
+async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    grpc = GrpcServer(InferenceService(dataplane), settings)
+    await grpc.start()
+    http.listen()
+    logger.info(
+        "ready after %.2f s: model %s, HTTP port %d, gRPC port %d",
+        _age_seconds(),
+        ", ".join(dataplane.models.names),
+        http.port,
+        grpc.port,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        listeners = [
+            tasks.create_task(http.serve(make_http_app(dataplane, settings), stop)),
+            tasks.create_task(grpc.serve(stop)),
+        ]
+        await stop.wait()
+        dataplane.draining = True
+        logger.info("stopping: %d requests to answer", dataplane.under_way)
+        _, late = await asyncio.wait(listeners, timeout=settings.grace_period_seconds)
+        unanswered = dataplane.under_way  # counted before the cancellation counts them out
+        for listener in late:
+            listener.cancel()
+    if unanswered:
+        raise DrainCut(f"stopped with {unanswered} requests unanswered: see --grace_period_seconds")
+    logger.info("stopped")
+
+
+def _age_seconds() -> float:
+    """Since this process was started by exec, the interpreter's own start included."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _leave(signal_number: int, _: FrameType | None) -> None:
+    logger.info("%s before ready: stopped", signal.Signals(signal_number).name)
+    sys.exit(0)

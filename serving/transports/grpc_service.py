@@ -1,0 +1,153 @@
+"""KServe's gRPC service, message bytes in and message bytes out, whichever server carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import betterproto2
+
+from proto import wire
+from proto.generated import inference as pb
+from serving import NAME, __version__
+from serving.dataplane import DataPlane
+from serving.errors import InvalidInput
+from serving.predictor import Request, Response
+from serving.tensors import Tensor, TensorSpec, raw_of_tensor, tensor_of_raw, tensor_of_values
+
+SERVICE = "inference.GRPCInferenceService"
+
+Method = Callable[[bytes], Awaitable[bytes]]
+M = TypeVar("M", bound=betterproto2.Message)
+
+# The field of InferTensorContents that carries a datatype. FP16 has none: it travels raw.
+CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+
+class InferenceService:
+    """The methods by name; each raises ServingError."""
+
+    def __init__(self, dataplane: DataPlane) -> None:
+        self._dataplane = dataplane
+        self.methods: dict[str, Method] = {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+            "ModelInfer": self._model_infer,
+        }
+
+    async def _server_live(self, message: bytes) -> bytes:
+        _parse(pb.ServerLiveRequest, message)
+        return bytes(pb.ServerLiveResponse(live=True))
+
+    async def _server_ready(self, message: bytes) -> bytes:
+        _parse(pb.ServerReadyRequest, message)
+        return bytes(pb.ServerReadyResponse(ready=self._dataplane.ready))
+
+    async def _model_ready(self, message: bytes) -> bytes:
+        model = self._dataplane.models.get(_parse(pb.ModelReadyRequest, message).name)
+        return bytes(pb.ModelReadyResponse(ready=model.ready))
+
+    async def _server_metadata(self, message: bytes) -> bytes:
+        _parse(pb.ServerMetadataRequest, message)
+        return bytes(pb.ServerMetadataResponse(name=NAME, version=__version__))
+
+    async def _model_metadata(self, message: bytes) -> bytes:
+        model = self._dataplane.models.get(_parse(pb.ModelMetadataRequest, message).name)
+        predictor = model.predictor
+        return bytes(
+            pb.ModelMetadataResponse(
+                name=model.name,
+                # The message has no room of its own for a warning.
+                platform=f"{predictor.platform}; {predictor.warning}" if predictor.warning else predictor.platform,
+                inputs=[_specification(spec) for spec in predictor.inputs],
+                outputs=[_specification(spec) for spec in predictor.outputs],
+            )
+        )
+
+    async def _model_infer(self, message: bytes) -> bytes:
+        exchange = _Exchange(message)
+        return await self._dataplane.infer(exchange.decode, exchange.encode)
+
+
+class _Exchange:
+    """One ModelInfer: the response is typed or raw as the request was, which KServe's clients rely on."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+        self._raw = False
+
+    def decode(self) -> Request:
+        """Raises InvalidInput."""
+        message = _parse(pb.ModelInferRequest, self._message)
+        raw_contents = message.raw_input_contents
+        self._raw = bool(raw_contents)
+        if not self._raw:
+            inputs = [_typed(tensor) for tensor in message.inputs]
+        elif len(raw_contents) != len(message.inputs):
+            raise InvalidInput(
+                f"the number of inputs ({len(message.inputs)}) does not match the expected number of raw input "
+                f"contents ({len(raw_contents)}) for model '{message.model_name}'."
+            )
+        else:
+            inputs = [_raw(tensor, raw) for tensor, raw in zip(message.inputs, raw_contents, strict=True)]
+        return Request(message.model_name, tuple(inputs), message.id)
+
+    def encode(self, response: Response) -> bytes:
+        message = pb.ModelInferResponse(model_name=response.model_name, id=response.id)
+        raw = self._raw or any(tensor.datatype not in CONTENTS for tensor in response.outputs)
+        for tensor in response.outputs:
+            output = pb.ModelInferResponseInferOutputTensor(
+                name=tensor.name, datatype=tensor.datatype, shape=list(tensor.shape)
+            )
+            if raw:
+                contents = raw_of_tensor(tensor)
+                output.parameters["binary_data_size"] = pb.InferParameter(int64_param=len(contents))
+                message.raw_output_contents.append(contents)
+            else:
+                values = tensor.array.reshape(-1).tolist()
+                output.contents = pb.InferTensorContents(**{CONTENTS[tensor.datatype]: values})
+            message.outputs.append(output)
+        return bytes(message)
+
+
+def _parse(message_class: type[M], message: bytes) -> M:
+    try:
+        return wire.decode(message_class, message)
+    except wire.DecodeError as error:
+        raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
+
+
+def _typed(tensor: pb.ModelInferRequestInferInputTensor) -> Tensor:
+    if tensor.datatype == "FP16":
+        raise InvalidInput(f"input '{tensor.name}': FP16 travels in raw_input_contents only")
+    contents = tensor.contents or pb.InferTensorContents()
+    values = getattr(contents, CONTENTS.get(tensor.datatype, "bytes_contents"))
+    return tensor_of_values(tensor.name, tensor.datatype, tensor.shape, values)
+
+
+def _raw(tensor: pb.ModelInferRequestInferInputTensor, raw: bytes) -> Tensor:
+    if tensor.contents is not None:
+        raise InvalidInput(
+            f"contents field must not be specified when using raw_input_contents for input '{tensor.name}'"
+        )
+    return tensor_of_raw(tensor.name, tensor.datatype, tensor.shape, raw)
+
+
+def _specification(spec: TensorSpec) -> pb.ModelMetadataResponseTensorMetadata:
+    return pb.ModelMetadataResponseTensorMetadata(name=spec.name, datatype=spec.datatype, shape=list(spec.shape))

@@ -1,0 +1,51 @@
+"""The ASGI application: every route and middleware of the HTTP port, in one place."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+from starlette.types import ASGIApp
+
+from serving.dataplane import DataPlane
+from serving.errors import InternalError, ServingError
+from serving.settings import Settings
+from serving.transports import rest_ops, rest_v1, rest_v2
+from serving.transports.rest_guard import BodyGuard
+from serving.transports.rest_json import error_response, json_response
+
+
+def make_http_app(dataplane: DataPlane, settings: Settings) -> ASGIApp:
+    app = Starlette(
+        routes=[*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)],
+        exception_handlers={
+            ServingError: _serving_error,
+            HTTPException: _routing_error,
+            ClientDisconnect: _client_left,
+            Exception: _internal_error,
+        },
+    )
+    return BodyGuard(app, settings.max_body_bytes)
+
+
+async def _serving_error(_: HttpRequest, error: Exception) -> HttpResponse:
+    return error_response(error if isinstance(error, ServingError) else InternalError())
+
+
+async def _routing_error(_: HttpRequest, error: Exception) -> HttpResponse:
+    """Unknown paths and methods; KServe says "detail" here, which its own clients do not read."""
+    if not isinstance(error, HTTPException):
+        return error_response(InternalError())
+    response = json_response({"error": error.detail}, error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _client_left(_: HttpRequest, __: Exception) -> HttpResponse:
+    return HttpResponse(status_code=499)  # goes nowhere; a number that logs understand
+
+
+async def _internal_error(_: HttpRequest, __: Exception) -> HttpResponse:
+    return error_response(InternalError())

@@ -1,0 +1,70 @@
+"""The HTTP port: its sockets, and Hypercorn on them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import cast
+
+import hypercorn.asyncio
+from hypercorn.config import Config
+from hypercorn.typing import Framework
+from starlette.types import ASGIApp
+
+from serving.errors import PortInUse
+from serving.settings import Settings
+
+BACKLOG = 2048
+NEVER = 10**9
+
+
+class HttpServer:
+    """Binds at once, so that a port in use is known before a model is loaded; connects nobody before `listen`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises PortInUse."""
+        self._sockets = _bind(settings.host, settings.http_port)
+        self._config = Config()
+        self._config.keep_alive_timeout = settings.timeout_keep_alive
+        self._config.graceful_timeout = NEVER  # the lifecycle has the deadline
+        self._config.keep_alive_max_requests = NEVER  # at its default every HTTP/2 connection breaks at request 1001
+        self._config.backlog = BACKLOG
+        self._config.include_server_header = False
+        self._config.errorlog = logging.getLogger("hypercorn.error")
+
+    @property
+    def port(self) -> int:
+        return cast(int, self._sockets[0].getsockname()[1])
+
+    def listen(self) -> None:
+        for listener in self._sockets:
+            listener.listen(BACKLOG)
+
+    async def serve(self, app: ASGIApp, stop: asyncio.Event) -> None:
+        """Answers until `stop`, then refuses new connections and answers what is in flight, however long it takes."""
+        self._config.bind = [f"fd://{listener.detach()}" for listener in self._sockets]
+        await hypercorn.asyncio.serve(cast(Framework, app), self._config, shutdown_trigger=stop.wait, mode="asgi")
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of `host`; for none, one for IPv4 and one for IPv6 where the machine has it."""
+    sockets: list[socket.socket] = []
+    try:
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in sorted(addresses):  # IPv4 first: a port of 0 becomes both's
+            try:
+                listener = socket.socket(family, kind, protocol)
+            except OSError:
+                continue
+            sockets.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((address[0], port or sockets[0].getsockname()[1], *address[2:]))
+    except OSError as error:
+        for listener in sockets:
+            listener.close()
+        where = f"port {port}" + (f" of {host}" if host else "")
+        raise PortInUse(f"HTTP cannot listen on {where} ({error.strerror}): choose another with --http_port") from None
+    return sockets
