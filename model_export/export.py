@@ -1,0 +1,90 @@
+"""From torch to a directory that the server loads: one ONNX file, and one file of weights that it maps."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import onnxruntime
+import torch
+
+from model_export.source import Source
+from model_export.vision import torchvision
+from serving.model_card import ModelCard
+
+OPSET = 20
+MODEL_FILE = "model.onnx"
+WEIGHTS_SUFFIX = ".weights"
+
+
+def make_card(source: Source, precision: str) -> ModelCard:
+    preset = source.preset
+    return ModelCard(
+        architecture=source.architecture,
+        weights=source.weights,
+        weights_sha256=source.weights_sha256,
+        precision=precision,
+        resize_pixels=preset.resize_size[0],
+        crop_pixels=preset.crop_size[0],
+        interpolation=preset.interpolation.name,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        labels=source.labels,
+        opset=OPSET,
+        versions={
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    )
+
+
+def convert(source: Source, card: ModelCard) -> onnx_ir.Model:
+    """`pixels` FP32 [rows, 3, crop, crop] to `logits` FP32 [rows, labels], with any number of rows."""
+    example = torch.zeros(2, 3, card.crop_pixels, card.crop_pixels)
+    rows = torch.export.Dim("rows", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own insides
+        program = torch.onnx.export(
+            source.model,
+            (example,),
+            dynamo=True,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: rows},),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    model: onnx_ir.Model = program.model
+    model.metadata_props.update(card.to_properties())
+    return model
+
+
+def write(model: onnx_ir.Model, card: ModelCard, output: Path, check: Callable[[Path], None]) -> Path:
+    """Put the model into the directory `output` once `check` has accepted it, and return its file.
+
+    `check` is called with a directory of the same files, and raises. At every moment `output` holds the old model,
+    whole, or the new one: weights are named by their content and come first, and the one rename of the ONNX file that
+    refers to them decides. What a killed export leaves begins with a dot, or is weights that nobody refers to.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    weights_file = f"{card.architecture}-{card.precision}-{card.weights_sha256[:12]}{WEIGHTS_SUFFIX}"
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as scratch:
+        onnx_ir.save(model, Path(scratch) / MODEL_FILE, external_data=weights_file)
+        check(Path(scratch))
+        for name in (weights_file, MODEL_FILE):
+            path = Path(scratch) / name
+            path.chmod(0o644)
+            os.replace(path, output / name)
+    for stale in output.glob(f"*{WEIGHTS_SUFFIX}"):
+        if stale.name != weights_file:
+            stale.unlink()
+    return output / MODEL_FILE
