@@ -1,0 +1,1 @@
+"""Command lines that call the server, small enough to copy."""
