@@ -21,6 +21,8 @@ PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin, Bmp
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
+DAMAGED = "a truncated, damaged or unsupported image"
+
 MOST_RESIZED_PIXELS = 65_536  # of the longer side: an aspect ratio of 1 : 256 for a shorter side of 256
 FILTER_RADIUS = 3  # source pixels, times the scale: the widest of Pillow's filters
 
@@ -60,6 +62,8 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception:  # Pillow's readers raise nearly anything on hostile bytes
+        if data.startswith(SIGNATURES):
+            raise InvalidInput(DAMAGED) from None
         raise InvalidInput(f"neither an image ({', '.join(FORMATS)}) nor base64 text of one") from None
     with picture:
         if picture.width * picture.height > max_pixels:
@@ -67,7 +71,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         try:
             return _rgb(picture)
         except Exception:
-            raise InvalidInput(f"a truncated, damaged or unsupported {picture.format} image") from None
+            raise InvalidInput(DAMAGED) from None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -7,7 +7,8 @@ import logging
 import socket
 from typing import cast
 
-import hypercorn.asyncio
+import hypercorn.asyncio.run
+from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.typing import Framework
 from starlette.types import ASGIApp
@@ -45,6 +46,31 @@ class HttpServer:
         """Answers until `stop`, then refuses new connections and answers what is in flight, however long it takes."""
         self._config.bind = [f"fd://{listener.detach()}" for listener in self._sockets]
         await hypercorn.asyncio.serve(cast(Framework, app), self._config, shutdown_trigger=stop.wait, mode="asgi")
+
+
+class _Connection(TCPServer):
+    """Ends when its client has left, which in Hypercorn 0.18 it does not.
+
+    There it waits for the idle timer: every call of a client that closes its connection, as curl does, would hold a
+    descriptor for timeout_keep_alive. Here the timer is stopped, and a last response does not start it again. And an
+    HTTP/2 response waits for ever in its buffer, which nobody empties any more: here the buffers are closed.
+    """
+
+    _client_left = False
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._client_left = True
+        await self.idle_task.stop()
+        for buffer in getattr(self.protocol.protocol, "stream_buffers", {}).values():
+            await buffer.close()
+
+    async def _idle_timeout(self) -> None:
+        if not self._client_left:
+            await super()._idle_timeout()
+
+
+hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
