@@ -76,9 +76,8 @@ def main() -> int:
         return 1
     print(f"{response.model_name} answered {response.id} in {(time.monotonic() - started) * 1000:.0f} ms")
     for tensor in response.outputs:
-        shape = [int(size) for size in tensor.shape]
         values = tensor.contents.fp32_contents if tensor.contents else []
-        print(f"{tensor.name} {tensor.datatype} {shape} {[float(value) for value in values]}")
+        print(f"{tensor.name} {tensor.datatype} {list(tensor.shape)} {list(values)}")
     return 0
 
 

@@ -68,7 +68,7 @@ class Classifier(Predictor):
                 f"image a row, nor FP32 of shape [rows, {', '.join(map(str, self.row_shape))}]"
             )
         with np.errstate(over="ignore"):
-            pixels = np.ascontiguousarray(tensor.array, np.float32)
+            pixels = np.require(tensor.array, np.float32, ["C", "ALIGNED"])  # numbers read in place may be neither
         if not np.isfinite(pixels).all():
             raise InvalidInput(f"input '{tensor.name}' has values that are not finite FP32 numbers")
         return pixels

@@ -17,7 +17,7 @@ MODEL_PLACES = (Path("/mnt/models"), Path(__file__).parent.parent / "model")  # 
 
 
 class Model:
-    """A predictor under the name that clients use; ready from the end of load to the start of a drain."""
+    """A predictor under the name that clients use; ready once it is loaded."""
 
     def __init__(self, name: str, predictor: Predictor) -> None:
         self.name = name

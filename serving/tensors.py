@@ -50,7 +50,10 @@ class Tensor:
 
     @property
     def datatype(self) -> str:
-        return DATATYPES[self.array.dtype]
+        try:
+            return DATATYPES[self.array.dtype]
+        except KeyError:
+            raise TypeError(f"tensor '{self.name}': the protocol has no datatype for {self.array.dtype}") from None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +65,7 @@ class Tensor:
         return self.array.size if self.datatype == "BYTES" else self.shape[0] if self.shape else 1
 
 
-def tensor_of_values(name: str, datatype: str, shape: Iterable[int], values: Sequence[Any] | NDArray[Any]) -> Tensor:
+def tensor_of_values(name: str, datatype: str, shape: Iterable[int], values: Sequence[Any]) -> Tensor:
     """From values in row-major order, one a number or one a BYTES element. Raises InvalidInput."""
     dtype = _dtype(name, datatype)
     if datatype == "BYTES":
@@ -126,7 +129,7 @@ def _fits(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:
 
 def _shaped(name: str, array: NDArray[Any], shape: Iterable[int]) -> NDArray[Any]:
     """Give a flat array its shape. An empty shape is a scalar: proto3 clients leave out the shape of one image."""
-    dimensions = [int(size) for size in shape]
+    dimensions = list(shape)
     if len(dimensions) > MOST_DIMENSIONS or any(size < 0 for size in dimensions):
         raise InvalidInput(f"input '{name}': its shape has a negative or more than {MOST_DIMENSIONS} dimensions")
     if math.prod(dimensions) != array.size:

@@ -136,7 +136,7 @@ def _parse(message_class: type[M], message: bytes) -> M:
 def _typed(tensor: pb.ModelInferRequestInferInputTensor) -> Tensor:
     if tensor.datatype == "FP16":
         raise InvalidInput(f"input '{tensor.name}': FP16 travels in raw_input_contents only")
-    contents = pb.InferTensorContents() if tensor.contents is None else tensor.contents
+    contents = tensor.contents or pb.InferTensorContents()
     values = getattr(contents, CONTENTS.get(tensor.datatype, "bytes_contents"))
     return tensor_of_values(tensor.name, tensor.datatype, tensor.shape, values)
 

@@ -17,6 +17,7 @@ from serving.errors import PortInUse
 from serving.settings import Settings
 
 BACKLOG = 2048
+MOST_STREAMS = 1000
 NEVER = 10**9
 
 
@@ -30,6 +31,7 @@ class HttpServer:
         self._config.keep_alive_timeout = settings.timeout_keep_alive
         self._config.graceful_timeout = NEVER  # the lifecycle has the deadline
         self._config.keep_alive_max_requests = NEVER  # at its default every HTTP/2 connection breaks at request 1001
+        self._config.h2_max_concurrent_streams = MOST_STREAMS  # one more, and Hypercorn drops the whole connection
         self._config.backlog = BACKLOG
         self._config.include_server_header = False
         self._config.errorlog = logging.getLogger("hypercorn.error")
