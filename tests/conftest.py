@@ -1,0 +1,73 @@
+"""One exported model and one server for all tests that change neither."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import pytest
+
+from model_export.source import Source, load_source
+from tests.servers import PROJECT, Server, running
+
+
+@pytest.fixture(scope="session")
+def export_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """AlexNet with weights of seed 0, exported as a user would; its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("model")
+    command = [sys.executable, "-m", "model_export", "--weights", "seeded:0", "--output", str(folder)]
+    done = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="session")
+def model_dir(export_output: tuple[Path, str]) -> Path:
+    return export_output[0]
+
+
+@pytest.fixture(scope="session")
+def original() -> Source:
+    """The model that `model_dir` was exported from, in torch."""
+    return load_source("alexnet", "seeded:0")
+
+
+@pytest.fixture(scope="session")
+def server(model_dir: Path) -> Iterator[Server]:
+    with running(f"--model_dir={model_dir}") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def channel(server: Server) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="session")
+def google(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """google.protobuf's own classes for our .proto: what other people's clients are made of."""
+    folder = tmp_path_factory.mktemp("google")
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-Iproto", f"--python_out={folder}"]
+    subprocess.run([*command, "proto/grpc_predict_v2.proto"], cwd=PROJECT, check=True, timeout=60)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("grpc_predict_v2_pb2")
+    finally:
+        sys.path.remove(str(folder))
+
+
+def grpc_call(channel: grpc.Channel, google: ModuleType, method: str, request: Any) -> Any:
+    """One call of the inference service, with google's messages."""
+    answer = getattr(google, f"{method}Response")
+    call: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
+        f"/inference.GRPCInferenceService/{method}",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=answer.FromString,
+    )
+    return call(request, timeout=60)

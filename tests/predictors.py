@@ -1,0 +1,63 @@
+"""Predictors that are no image classifiers: real ones, served with --predictor by the tests."""
+
+from __future__ import annotations
+
+from serving import errors
+from serving.predictor import Predictor, Request, Response, Rows
+from serving.tensors import Tensor
+
+
+class Echo(Predictor):
+    """Answers with the tensor that it got, whatever it is."""
+
+    def preprocess(self, request: Request) -> Rows:
+        return {"rows": request.input.array}
+
+    def predict(self, rows: Rows) -> Rows:
+        return rows
+
+    def postprocess(self, predictions: Rows, request: Request) -> Response:
+        return Response([Tensor("output-0", predictions["rows"])])
+
+
+class Gated(Echo):
+    """An instance is the name of a FIFO in model_dir: the request waits there until somebody has written to it."""
+
+    def preprocess(self, request: Request) -> Rows:
+        assert self.model_dir
+        (self.model_dir / request.input.array.flat[0].decode()).read_bytes()
+        return super().preprocess(request)
+
+
+class GatedPredict(Gated):
+    """The same, on the one thread that predicts."""
+
+    def preprocess(self, request: Request) -> Rows:
+        return {"rows": request.input.array}
+
+    def predict(self, rows: Rows) -> Rows:
+        assert self.model_dir
+        (self.model_dir / rows["rows"].flat[0].decode()).read_bytes()
+        return rows
+
+
+class Failing(Echo):
+    """An instance is the name of an exception: one of the error table, or one of Python's own, to raise."""
+
+    def preprocess(self, request: Request) -> Rows:
+        name = request.input.array.flat[0].decode()
+        kind = getattr(errors, name, None) or getattr(__import__("builtins"), name)
+        raise kind() if kind in (errors.InternalError, errors.Overloaded) else kind("the secret of the text")
+
+
+class Unloadable(Echo):
+    def load(self) -> None:
+        raise RuntimeError("no such table: weights")
+
+
+class GatedLoad(Echo):
+    """Loads for as long as nobody writes to the FIFO named gate."""
+
+    def load(self) -> None:
+        assert self.model_dir
+        (self.model_dir / "gate").read_bytes()

@@ -1,0 +1,130 @@
+"""serving/classifier.py against the original in torch: the same logits for every photograph and every kind of image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from model_export.source import Source
+from serving.classifier import Classifier
+from serving.errors import InvalidInput, ModelDamaged
+from serving.predictor import Request
+from serving.settings import Settings
+from serving.tensors import Tensor, tensor_of_values
+from tests.pictures import CAT, MODES, PHOTOGRAPHS
+from tests.test_image import torchvisions_pixels
+
+MOST_DIFFERENCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def classifier(model_dir: Path) -> Classifier:
+    classifier = Classifier(Settings(), model_dir)
+    classifier.load()
+    return classifier
+
+
+def images(*pictures: bytes) -> Request:
+    return Request("alexnet", (tensor_of_values("image", "BYTES", [len(pictures)], pictures),))
+
+
+def logits_of(classifier: Classifier, request: Request) -> NDArray[np.float32]:
+    return classifier.predict(classifier.preprocess(request))["logits"]
+
+
+def original_logits(original: Source, picture: bytes) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        logits: torch.Tensor = original.model(torch.from_numpy(torchvisions_pixels(original, picture))[None])[0]
+    return logits.numpy()
+
+
+@pytest.mark.parametrize("name", [*PHOTOGRAPHS, *MODES])
+def test_all_logits_equal_those_of_torchvision_and_torch(name: str, classifier: Classifier, original: Source) -> None:
+    picture = {**PHOTOGRAPHS, **MODES}[name]
+
+    difference = np.abs(logits_of(classifier, images(picture))[0] - original_logits(original, picture)).max()
+
+    assert difference <= MOST_DIFFERENCE
+
+
+def test_the_bound_is_tight_enough_to_tell_any_two_photographs_apart(classifier: Classifier) -> None:
+    logits = logits_of(classifier, images(*PHOTOGRAPHS.values()))
+
+    apart = [np.abs(one - other).max() for row, one in enumerate(logits) for other in logits[:row]]
+    assert min(apart) > 1000 * MOST_DIFFERENCE
+
+
+def test_many_images_in_one_request_are_answered_as_each_alone(classifier: Classifier) -> None:
+    together = logits_of(classifier, images(*PHOTOGRAPHS.values()))
+
+    alone = np.concatenate([logits_of(classifier, images(picture)) for picture in PHOTOGRAPHS.values()])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=MOST_DIFFERENCE)
+
+
+def test_the_answer_is_the_five_highest_logits_descending(classifier: Classifier) -> None:
+    logits = np.arange(12, dtype=np.float32).reshape(2, 6) % 7
+
+    (output,) = classifier.postprocess({"logits": logits}, images(CAT)).outputs
+
+    assert (output.name, output.datatype) == ("output-0", "FP32")
+    assert output.array.tolist() == [[5, 4, 3, 2, 1], [6, 4, 3, 2, 1]]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_prepared_tensor_is_answered_as_its_image(dtype: type, classifier: Classifier) -> None:
+    pixels: NDArray[Any] = classifier.preprocess(images(CAT))["pixels"].astype(dtype)
+
+    prepared = logits_of(classifier, Request("alexnet", (Tensor("data", pixels),)))
+
+    np.testing.assert_allclose(prepared, logits_of(classifier, images(CAT)), atol=0.1 if dtype == np.float16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("array", "problem"),
+    [
+        (np.zeros((1, 3, 224, 225), np.float32), r"is FP32 of shape \[1, 3, 224, 225\]: neither BYTES"),
+        (np.zeros((3, 224, 224), np.float32), r"is FP32 of shape \[3, 224, 224\]: neither BYTES"),
+        (np.zeros((1, 3, 224, 224), np.uint8), r"is UINT8 of shape .*, nor FP32 of shape \[rows, 3, 224, 224\]"),
+        (np.full((1, 3, 224, 224), np.nan, np.float32), "has values that are not finite"),
+        (np.full((1, 3, 224, 224), 1e300), "has values that are not finite"),
+    ],
+)
+def test_a_tensor_that_was_not_prepared_for_the_model_is_refused(
+    array: NDArray[np.float32], problem: str, classifier: Classifier
+) -> None:
+    with pytest.raises(InvalidInput, match=f"^input 'data' {problem}"):
+        classifier.preprocess(Request("alexnet", (Tensor("data", array),)))
+
+
+def test_a_bad_image_is_named_by_its_row(classifier: Classifier) -> None:
+    with pytest.raises(InvalidInput, match=r"^input 'image', row 1: neither an image"):
+        classifier.preprocess(images(CAT, b"no image", CAT))
+
+
+def test_two_inputs_are_refused(classifier: Classifier) -> None:
+    (image,) = images(CAT).inputs
+
+    with pytest.raises(InvalidInput, match=r"^the model takes one input, not 2$"):
+        classifier.preprocess(Request("alexnet", (image, image)))
+
+
+def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["pixels"], ["logits"])],
+        "identity",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["rows", 5])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 5])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+
+    with pytest.raises(ModelDamaged, match="lacks the metadata that `python -m model_export` writes"):
+        Classifier(Settings(), tmp_path).load()

@@ -1,0 +1,112 @@
+"""serving/engine.py: which file, which device, how many threads, and what is no model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from serving.cpus import available_cpus
+from serving.engine import CUDA, Engine
+from serving.errors import DeviceMissing, ModelDamaged, ModelMissing
+
+HAS_CUDA = CUDA in onnxruntime.get_available_providers()
+PIXELS = np.zeros((1, 3, 224, 224), np.float32)
+
+
+@pytest.fixture
+def copy_dir(model_dir: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(model_dir, tmp_path / "model")
+
+
+def test_a_model_is_a_directory_with_one_onnx_file_or_the_file_itself(model_dir: Path) -> None:
+    of_directory = Engine(model_dir, "cpu", 1).run({"pixels": PIXELS})
+    of_file = Engine(model_dir / "model.onnx", "cpu", 1).run({"pixels": PIXELS})
+
+    assert of_directory.keys() == {"logits"}
+    np.testing.assert_array_equal(of_directory["logits"], of_file["logits"])
+
+
+def test_the_models_threads_are_the_quotas_and_not_the_hosts(model_dir: Path) -> None:
+    def threads_started(threads: int) -> int:
+        before = len(os.listdir("/proc/self/task"))
+        engine = Engine(model_dir, "cpu", threads)
+        return len(os.listdir("/proc/self/task")) - before + (engine.device == "cpu")  # the caller's thread works too
+
+    assert threads_started(0) == available_cpus()
+    assert threads_started(5) == 5
+
+
+def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(
+    model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if HAS_CUDA:
+        pytest.skip("this onnxruntime has CUDA: the test of auto without it says nothing here")
+    with caplog.at_level("INFO"):
+        assert Engine(model_dir, "auto", 2).device == "cpu"
+
+    assert caplog.messages == ["model.onnx runs on cpu, 2 threads"]
+
+
+def test_cuda_that_cannot_be_had_is_an_error_where_it_was_demanded(model_dir: Path) -> None:
+    if HAS_CUDA:
+        pytest.skip("this onnxruntime has CUDA: the test of a demand without it says nothing here")
+    with pytest.raises(DeviceMissing, match=r"install requirements-gpu\.txt; --device=auto takes the CPU instead$"):
+        Engine(model_dir, "cuda", 1)
+
+
+def test_cuda_answers_as_the_cpu_does(model_dir: Path) -> None:
+    if not HAS_CUDA:
+        pytest.skip("no CUDA in this onnxruntime: on a GPU this compares its logits with the CPU's, within 1e-2")
+    random = np.random.default_rng(0).standard_normal((4, 3, 224, 224)).astype(np.float32)
+
+    on_cuda = Engine(model_dir, "cuda", 1).run({"pixels": random})["logits"]
+
+    np.testing.assert_allclose(on_cuda, Engine(model_dir, "cpu", 1).run({"pixels": random})["logits"], atol=1e-2)
+
+
+def test_no_model_anywhere_says_where_it_was_looked_for() -> None:
+    with pytest.raises(ModelMissing, match=r"^no model in /mnt/models nor in model/: run `make model`"):
+        Engine(None, "cpu", 1)
+
+
+def test_a_directory_without_or_with_two_models_says_what_it_holds(copy_dir: Path) -> None:
+    shutil.copy(copy_dir / "model.onnx", copy_dir / "other.onnx")
+    with pytest.raises(ModelMissing, match=r"exactly one \.onnx file, and holds model\.onnx, other\.onnx"):
+        Engine(copy_dir, "cpu", 1)
+
+    for file in copy_dir.glob("*.onnx"):
+        file.unlink()
+    with pytest.raises(ModelMissing, match=r"exactly one \.onnx file, and holds none"):
+        Engine(copy_dir, "cpu", 1)
+
+
+def test_a_hidden_file_is_no_model(copy_dir: Path) -> None:
+    shutil.copy(copy_dir / "model.onnx", copy_dir / ".old.onnx")
+
+    assert Engine(copy_dir, "cpu", 1).device == "cpu"
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "cut weights", "no weights"])
+def test_a_damaged_model_is_one_error_with_one_line(damage: str, copy_dir: Path) -> None:
+    (weights,) = copy_dir.glob("*.weights")
+    if damage == "garbage":
+        (copy_dir / "model.onnx").write_bytes(os.urandom(1000))
+    elif damage == "empty":
+        (copy_dir / "model.onnx").write_bytes(b"")
+    elif damage == "cut weights":
+        os.truncate(weights, weights.stat().st_size // 2)
+    else:
+        weights.unlink()
+
+    with pytest.raises(ModelDamaged) as error:
+        Engine(copy_dir, "cpu", 1)
+
+    assert str(error.value).startswith(f"{copy_dir}/model.onnx cannot be loaded (")
+    assert str(error.value).endswith("; export the model again")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,271 @@
+"""serving/transports/grpc_*.py, called with google's own messages over grpcio."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from model_export.source import Source
+from serving import __version__
+from tests.conftest import grpc_call
+from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
+from tests.servers import Server, running
+from tests.test_image import torchvisions_pixels
+
+
+def image_request(google: ModuleType, *pictures: bytes, shape: list[int] | None = None, **fields: Any) -> Any:
+    request = google.ModelInferRequest(**{"model_name": "custom-model", **fields})
+    tensor = request.inputs.add(name="input-0", datatype="BYTES", shape=[len(pictures)] if shape is None else shape)
+    tensor.contents.bytes_contents.extend(pictures)
+    return request
+
+
+def tensor_request(google: ModuleType, pixels: Any, raw: bool) -> Any:
+    request = google.ModelInferRequest(model_name="custom-model")
+    tensor = request.inputs.add(name="INPUT__0", datatype="FP32", shape=pixels.shape)
+    if raw:
+        request.raw_input_contents.append(pixels.tobytes())
+        tensor.parameters["binary_data_size"].int64_param = pixels.nbytes
+    else:
+        tensor.contents.fp32_contents.extend(pixels.reshape(-1))
+    return request
+
+
+def error_of(channel: grpc.Channel, google: ModuleType, method: str, request: Any) -> tuple[str, str]:
+    with pytest.raises(grpc.RpcError) as error:
+        grpc_call(channel, google, method, request)
+    return error.value.code().name, error.value.details() or ""
+
+
+def rest_answer(server: Server, *pictures: bytes) -> Any:
+    return server.predict(v1_request(*pictures)).json()["predictions"]
+
+
+@pytest.mark.parametrize("shape", [[1], []])
+def test_an_image_is_answered_as_over_rest_with_or_without_a_shape(
+    shape: list[int], channel: grpc.Channel, google: ModuleType, server: Server
+) -> None:
+    answer = grpc_call(channel, google, "ModelInfer", image_request(google, CAT, shape=shape))
+
+    (output,) = answer.outputs
+    assert (output.name, output.datatype, list(output.shape)) == ("output-0", "FP32", [1, 5])
+    assert [list(output.contents.fp32_contents)] == rest_answer(server, CAT)
+    assert answer.model_name == "custom-model"
+    assert not answer.raw_output_contents
+
+
+def test_an_input_without_a_shape_on_the_wire_is_one_image(channel: grpc.Channel, google: ModuleType) -> None:
+    message = image_request(google, CAT, shape=[]).SerializeToString()
+
+    assert message.startswith(b"\x0a\x0ccustom-model\x2a")
+    assert b"\x0a\x07input-0\x12\x05BYTES\x2a" in message[:40]  # from the datatype on to the contents
+    assert len(grpc_call(channel, google, "ModelInfer", google.ModelInferRequest.FromString(message)).outputs) == 1
+
+
+def test_every_element_of_bytes_gets_a_row(channel: grpc.Channel, google: ModuleType, server: Server) -> None:
+    pictures = list(PHOTOGRAPHS.values())[:3]
+
+    (output,) = grpc_call(channel, google, "ModelInfer", image_request(google, *pictures)).outputs
+
+    assert list(output.shape) == [3, 5]
+    rows = np.array(output.contents.fp32_contents).reshape(3, 5)
+    np.testing.assert_allclose(rows, rest_answer(server, *pictures), rtol=0, atol=1e-5)
+
+
+def test_raw_bytes_are_images_behind_their_lengths(channel: grpc.Channel, google: ModuleType, server: Server) -> None:
+    request = image_request(google, shape=[2])
+    request.inputs[0].ClearField("contents")
+    pictures = (CAT, MODES["JPEG"])
+    request.raw_input_contents.append(b"".join(len(one).to_bytes(4, "little") + one for one in pictures))
+
+    answer = grpc_call(channel, google, "ModelInfer", request)
+
+    rows = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(2, 5)
+    np.testing.assert_allclose(rows, rest_answer(server, *pictures), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_prepared_batch_of_four_is_answered_in_the_style_of_its_request(
+    raw: bool, channel: grpc.Channel, google: ModuleType, server: Server, original: Source
+) -> None:
+    pictures = list(PHOTOGRAPHS.values())[:4]
+    pixels = np.stack([torchvisions_pixels(original, picture) for picture in pictures])
+
+    answer = grpc_call(channel, google, "ModelInfer", tensor_request(google, pixels, raw))
+
+    (output,) = answer.outputs
+    assert list(output.shape) == [4, 5]
+    if raw:
+        assert output.parameters["binary_data_size"].int64_param == 80
+        assert not output.contents.fp32_contents
+        values = np.frombuffer(answer.raw_output_contents[0], "<f4")
+    else:
+        assert not answer.raw_output_contents
+        values = np.array(output.contents.fp32_contents)
+    np.testing.assert_allclose(values.reshape(4, 5), rest_answer(server, *pictures), rtol=0, atol=1e-4)
+
+
+def test_the_id_is_the_clients_or_a_new_one(channel: grpc.Channel, google: ModuleType) -> None:
+    assert grpc_call(channel, google, "ModelInfer", image_request(google, CAT, id="mine")).id == "mine"
+    assert len(grpc_call(channel, google, "ModelInfer", image_request(google, CAT)).id) == 36
+
+
+@pytest.mark.parametrize(
+    ("datatype", "field", "values"),
+    [
+        ("BOOL", "bool_contents", [True, False]),
+        ("INT8", "int_contents", [-128, 127]),
+        ("INT16", "int_contents", [-32768, 32767]),
+        ("INT32", "int_contents", [-(2**31), 2**31 - 1]),
+        ("INT64", "int64_contents", [-(2**63), 2**63 - 1]),
+        ("UINT8", "uint_contents", [0, 255]),
+        ("UINT16", "uint_contents", [0, 65535]),
+        ("UINT32", "uint_contents", [0, 2**32 - 1]),
+        ("UINT64", "uint64_contents", [0, 2**64 - 1]),
+        ("FP32", "fp32_contents", [1.5, -0.25]),
+        ("FP64", "fp64_contents", [1e300, -1e-300]),
+        ("BYTES", "bytes_contents", [b"", b"\xff\0"]),
+    ],
+)
+def test_typed_contents_of_every_datatype_reach_a_predictor_and_come_back(
+    datatype: str, field: str, values: list[Any], google: ModuleType
+) -> None:
+    request = google.ModelInferRequest(model_name="custom-model")
+    tensor = request.inputs.add(name="x", datatype=datatype, shape=[2])
+    getattr(tensor.contents, field).extend(values)
+
+    with running("--predictor=tests.predictors:Echo") as server, grpc.insecure_channel(server.grpc_address) as channel:
+        (output,) = grpc_call(channel, google, "ModelInfer", request).outputs
+
+    assert (output.datatype, list(getattr(output.contents, field))) == (datatype, values)
+
+
+def test_fp16_travels_raw_in_both_directions(google: ModuleType) -> None:
+    request = google.ModelInferRequest(model_name="custom-model")
+    request.inputs.add(name="x", datatype="FP16", shape=[2])
+    request.raw_input_contents.append(np.array([1, 2], np.float16).tobytes())
+
+    with running("--predictor=tests.predictors:Echo") as server, grpc.insecure_channel(server.grpc_address) as channel:
+        answer = grpc_call(channel, google, "ModelInfer", request)
+
+    assert (answer.outputs[0].datatype, list(answer.raw_output_contents)) == ("FP16", list(request.raw_input_contents))
+
+
+def test_server_and_model_say_that_they_live_and_are_ready(channel: grpc.Channel, google: ModuleType) -> None:
+    assert grpc_call(channel, google, "ServerLive", google.ServerLiveRequest()).live
+    assert grpc_call(channel, google, "ServerReady", google.ServerReadyRequest()).ready
+    assert grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name="custom-model")).ready
+
+
+def test_the_servers_metadata_has_its_version(channel: grpc.Channel, google: ModuleType) -> None:
+    answer = grpc_call(channel, google, "ServerMetadata", google.ServerMetadataRequest())
+
+    assert (answer.name, answer.version, list(answer.extensions)) == ("serving", __version__, [])
+
+
+def test_the_models_metadata_has_its_tensors_and_warns_of_seeded_weights(
+    channel: grpc.Channel, google: ModuleType
+) -> None:
+    answer = grpc_call(channel, google, "ModelMetadata", google.ModelMetadataRequest(name="custom-model"))
+
+    (taken,), (given,) = answer.inputs, answer.outputs
+    assert (taken.name, taken.datatype, list(taken.shape)) == ("input-0", "BYTES", [-1])
+    assert (given.name, given.datatype, list(given.shape)) == ("output-0", "FP32", [-1, 5])
+    assert answer.platform.startswith("onnxruntime_onnx; UNTRAINED WEIGHTS (seeded:0)")
+
+
+@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata"])
+def test_an_unknown_model_is_not_found(method: str, channel: grpc.Channel, google: ModuleType) -> None:
+    request = getattr(google, f"{method}Request")(name="nope")
+
+    assert error_of(channel, google, method, request) == ("NOT_FOUND", "Model with name nope does not exist.")
+
+
+def test_an_inference_on_an_unknown_model_is_not_found(channel: grpc.Channel, google: ModuleType) -> None:
+    status = error_of(channel, google, "ModelInfer", image_request(google, CAT, model_name="nope"))
+
+    assert status == ("NOT_FOUND", "Model with name nope does not exist.")
+
+
+def bad_requests(google: ModuleType) -> dict[str, Any]:
+    """Requests that cannot be answered, by the beginning of what is said of them."""
+    two_raw = image_request(google, shape=[1])
+    two_raw.inputs[0].ClearField("contents")
+    two_raw.raw_input_contents.extend([b"", b""])
+    both = image_request(google, CAT)
+    both.raw_input_contents.append(b"")
+    cut = image_request(google, shape=[1])
+    cut.inputs[0].ClearField("contents")
+    cut.raw_input_contents.append(b"\xff\0\0\0abc")
+    fp16 = image_request(google, CAT)
+    fp16.inputs[0].datatype = "FP16"
+    unknown = image_request(google, CAT)
+    unknown.inputs[0].datatype = "bytes"
+    pixels = np.zeros((1, 3, 224, 225), np.float32)
+    return {
+        "the request has no instances": google.ModelInferRequest(model_name="custom-model"),
+        "input 'input-0', row 0: neither an image": image_request(google, b"hello"),
+        "input 'input-0', row 1: a truncated, damaged or unsupported image": image_request(google, CAT, CAT[:5000]),
+        "input 'input-0': its shape asks for another number of values than the 2 sent": image_request(
+            google, CAT, CAT, shape=[]
+        ),
+        "input 'input-0': its shape has a negative": image_request(google, CAT, shape=[-1]),
+        "input 'input-0': its datatype is none of BOOL": unknown,
+        "input 'input-0': FP16 travels in raw_input_contents only": fp16,
+        "input 'input-0': its raw BYTES are truncated": cut,
+        "the number of inputs (1) does not match the expected number of raw input contents (2) for model "
+        "'custom-model'.": two_raw,
+        "contents field must not be specified when using raw_input_contents for input 'input-0'": both,
+        "input 'INPUT__0' is FP32 of shape [1, 3, 224, 225]: neither BYTES": tensor_request(google, pixels, True),
+    }
+
+
+def test_a_request_that_cannot_be_answered_is_an_invalid_argument_that_names_what_is_wrong(
+    channel: grpc.Channel, google: ModuleType
+) -> None:
+    for text, request in bad_requests(google).items():
+        code, details = error_of(channel, google, "ModelInfer", request)
+        assert code == "INVALID_ARGUMENT"
+        assert details.startswith(text)
+
+
+def test_bytes_that_are_no_message_are_an_invalid_argument(channel: grpc.Channel) -> None:
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+    with pytest.raises(grpc.RpcError) as error:
+        call(b"\x0a\xff", timeout=60)
+
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.value.details() == "not a ModelInferRequest message: truncated varint"
+
+
+def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/inference.GRPCInferenceService/Nope")
+
+    with pytest.raises(grpc.RpcError) as error:
+        call(b"", timeout=60)
+
+    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_message_over_the_limit_is_resource_exhausted(channel: grpc.Channel, google: ModuleType) -> None:
+    code, details = error_of(channel, google, "ModelInfer", image_request(google, bytes(8 * 1024 * 1024)))
+
+    assert code == "RESOURCE_EXHAUSTED"
+    assert "larger than max" in details
+
+
+def test_a_message_of_nearly_the_limit_is_read(channel: grpc.Channel, google: ModuleType) -> None:
+    code, details = error_of(channel, google, "ModelInfer", image_request(google, bytes(8 * 1024 * 1024 - 100)))
+
+    assert (code, details[:38]) == ("INVALID_ARGUMENT", "input 'input-0', row 0: neither an ima")
+
+
+def test_more_instances_than_allowed_are_resource_exhausted(channel: grpc.Channel, google: ModuleType) -> None:
+    status = error_of(channel, google, "ModelInfer", image_request(google, *[b"x"] * 129))
+
+    assert status == ("RESOURCE_EXHAUSTED", "129 instances exceed max_instances (128)")

@@ -1,0 +1,89 @@
+"""serving/transports/http_server.py: what becomes of connections."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.servers import Server, read_until, running, start_failing
+
+GATED_REQUEST = (
+    b'POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\n{"instances": ["%s"]}'
+)
+
+
+def test_a_connection_that_its_client_closed_is_closed(server: Server) -> None:
+    server.get("/")
+    before = server.descriptors()
+
+    for _ in range(50):
+        server.get("/")
+
+    server.wait_for_descriptors(before)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_connection_left_while_its_request_is_answered_is_closed(reset: bool, tmp_path: Path) -> None:
+    with running("--predictor=tests.predictors:Gated", f"--model_dir={tmp_path}") as server:
+        server.get("/")
+        before = server.descriptors()
+
+        for number in range(20):
+            gate = tmp_path / f"gate {number:02}"
+            os.mkfifo(gate)
+            with server.connect() as connection:
+                connection.sendall(GATED_REQUEST % gate.name.encode())
+                with gate.open("wb"):  # opens when the request is being answered
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
+                    connection.close()
+
+        server.wait_for_descriptors(before)
+
+
+def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(tmp_path: Path) -> None:
+    with running("--predictor=tests.predictors:Gated", f"--model_dir={tmp_path}") as server:
+        server.get("/")
+        before = server.descriptors()
+
+        for number in range(10):
+            gate = tmp_path / f"gate {number:02}"
+            os.mkfifo(gate)
+            body = f'{{"instances": ["{gate.name}"]}}'
+            url = f"{server.url}/v1/models/custom-model:predict"
+            with subprocess.Popen(["curl", "-sS", "--http2-prior-knowledge", "-d", body, url]) as curl, gate.open("wb"):
+                curl.kill()
+
+        server.wait_for_descriptors(before)
+
+
+def test_an_idle_connection_stays_open_for_the_next_request_and_is_closed_in_the_end() -> None:
+    with (
+        running("--predictor=tests.predictors:Echo", "--timeout_keep_alive=1") as server,
+        server.connect() as connection,
+    ):
+        for _ in range(3):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_until(connection, b'{"status":"alive"}').startswith(b"HTTP/1.1 200 ")
+
+        assert connection.recv(65536) == b""  # after a second, by the server
+
+
+def test_without_a_host_every_interface_is_listened_on() -> None:
+    with running("--predictor=tests.predictors:Echo", "--host=") as server:
+        assert httpx.get(f"http://127.0.0.1:{server.http_port}/").status_code == 200
+        if socket.has_ipv6:
+            assert httpx.get(f"http://[::1]:{server.http_port}/").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_that_is_not_ours_stops_the_start(host: str) -> None:
+    code, lines = start_failing("--predictor=tests.predictors:Echo", f"--host={host}", "--http_port=0")
+
+    assert (code, len(lines)) == (3, 1)
+    assert lines[0].startswith("app.py: HTTP cannot listen on port 0 of ")

@@ -1,0 +1,269 @@
+"""app.py and serving/lifecycle.py as processes: how they start, fail, drain and stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.conftest import grpc_call
+from tests.pictures import CAT, v1_request
+from tests.servers import PROJECT, Server, read_until, running, start_failing
+
+STOPPING = re.compile(r"stopping: (\d+) requests to answer")
+IMPORTED = re.compile(r"^import time:.*\| +(\S+)$")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a FIFO that tests.predictors' Gated waits at; opening it to write means a request is inside."""
+
+    def make(name: str) -> Path:
+        os.mkfifo(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def gated(tmp_path: Path, *flags: str, predictor: str = "Gated") -> Any:
+    return running(f"--predictor=tests.predictors:{predictor}", f"--model_dir={tmp_path}", "--threads=4", *flags)
+
+
+def rest(server: Server, instance: str) -> Any:
+    return server.predict(json.dumps({"instances": [instance]}))
+
+
+def grpc_infer(server: Server, google: ModuleType, instance: str) -> Any:
+    request = google.ModelInferRequest(model_name="custom-model")
+    tensor = request.inputs.add(name="x", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(instance.encode())
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        return grpc_call(channel, google, "ModelInfer", request)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_signal_ends_an_idle_server_with_exit_0(number: signal.Signals) -> None:
+    with running("--predictor=tests.predictors:Echo") as server:
+        assert server.stop(number) == 0
+
+    assert server.log[-1].endswith("stopped\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_in_flight_on_both_ports_is_answered_before_the_end(
+    number: signal.Signals, tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    gates = [gate("rest"), gate("grpc")]
+    with gated(tmp_path) as server, ThreadPoolExecutor() as clients:
+        by_rest = clients.submit(rest, server, "rest")
+        by_grpc = clients.submit(grpc_infer, server, google, "grpc")
+        with gates[0].open("wb"), gates[1].open("wb"):
+            server.process.send_signal(number)
+            assert server.wait_for_line(STOPPING)[1] == "2"
+
+        assert by_rest.result().json() == {"predictions": ["rest"]}
+        assert list(by_grpc.result().outputs[0].contents.bytes_contents) == [b"grpc"]
+        assert server.wait() == 0
+
+
+def test_a_stopping_server_refuses_new_connections_and_closes_idle_ones(
+    tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    waiting = gate("waiting")
+    with gated(tmp_path) as server, ThreadPoolExecutor() as clients, server.connect() as idle:
+        idle.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_until(idle, b'{"ready":true}')
+        answer = clients.submit(rest, server, "waiting")
+        with waiting.open("wb"):
+            server.process.send_signal(signal.SIGTERM)
+            assert idle.recv(65536) == b""
+            for port in (server.http_port, server.grpc_port):
+                wait_until_refused(port)
+
+        assert answer.result().status_code == 200
+        assert server.wait() == 0
+
+
+def wait_until_refused(port: int) -> None:
+    deadline = time.monotonic() + 10
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+@pytest.mark.parametrize("predictor", ["Gated", "GatedPredict"])
+def test_a_request_that_outlasts_the_grace_period_is_cut_and_counted(
+    predictor: str, tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    stuck = gate("stuck")
+    with (
+        gated(tmp_path, "--grace_period_seconds=1", predictor=predictor) as server,
+        server.connect() as connection,
+        ThreadPoolExecutor() as clients,
+    ):
+        body = b'{"instances": ["stuck"]}'
+        head = b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        connection.sendall(head % len(body) + body)
+        opened = clients.submit(stuck.open, "wb")
+        with opened.result(timeout=30):
+            assert server.stop() == 8
+
+    assert server.log[-1] == "app.py: stopped with 1 requests unanswered: see --grace_period_seconds\n"
+
+
+def test_a_signal_while_the_model_loads_ends_at_once_with_exit_0(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    command = [sys.executable, "app.py", "--predictor=tests.predictors:GatedLoad", f"--model_dir={tmp_path}"]
+    with subprocess.Popen(
+        [*command, "--http_port=0", "--grpc_port=0"], cwd=PROJECT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        with (tmp_path / "gate").open("wb"):  # opens when load() reads
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+        assert process.stderr
+        assert process.stderr.read().endswith("SIGTERM before ready: stopped\n")
+
+
+def test_the_ports_are_free_when_the_server_has_stopped() -> None:
+    with running("--predictor=tests.predictors:Echo") as first:
+        first.stop()
+
+    with running(
+        "--predictor=tests.predictors:Echo", f"--http_port={first.http_port}", f"--grpc_port={first.grpc_port}"
+    ) as second:
+        assert second.get("/").status_code == 200
+
+
+def test_a_running_server_has_imported_neither_torch_nor_googles_protobuf(model_dir: Path, google: ModuleType) -> None:
+    with running(f"--model_dir={model_dir}", python_flags=["-X", "importtime"]) as server:
+        assert server.predict(v1_request(CAT)).status_code == 200
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            assert grpc_call(channel, google, "ServerLive", google.ServerLiveRequest()).live
+        assert server.stop() == 0
+
+    imported = {match[1].partition(".")[0] for line in server.log if (match := IMPORTED.match(line))}
+    assert {"onnxruntime", "grpc", "hypercorn", "PIL"} <= imported
+    assert not imported & {"torch", "torchvision", "onnx", "onnxscript", "google", "model_export", "fastapi", "uvicorn"}
+
+
+def test_probes_are_answered_while_the_model_is_busy(
+    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    busy = gate("busy")
+    with gated(tmp_path, predictor="GatedPredict") as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(rest, server, "busy")
+        with busy.open("wb"):
+            assert server.get("/v2/health/ready").json() == {"ready": True}
+            with grpc.insecure_channel(server.grpc_address) as channel:
+                assert grpc_call(channel, google, "ServerReady", google.ServerReadyRequest()).ready
+        assert answer.result().status_code == 200
+
+
+def test_one_request_more_than_allowed_is_refused_at_once_and_told_to_try_again(
+    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    only = gate("only")
+    with gated(tmp_path, "--max_concurrent_requests=1") as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(rest, server, "only")
+        with only.open("wb"):
+            refused = rest(server, "another")
+            with pytest.raises(grpc.RpcError) as error:
+                grpc_infer(server, google, "another")
+        assert answer.result().status_code == 200
+
+    text = "The server is at its limit of concurrent requests; try again."
+    assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (503, {"error": text}, "1")
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.value.details() == text
+
+
+def test_a_seeded_model_warns_at_every_start(model_dir: Path) -> None:
+    with running(f"--model_dir={model_dir}") as server:
+        server.stop()
+
+    assert [line for line in server.log if "custom-model: UNTRAINED WEIGHTS (seeded:0): the answers are mea" in line]
+
+
+ECHO = "--predictor=tests.predictors:Echo"
+
+
+@pytest.mark.parametrize("flag", ["--http_port", "--grpc_port"])
+def test_a_port_in_use_ends_the_start_with_its_code_and_one_line(flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, lines = start_failing(ECHO, "--http_port=0", "--grpc_port=0", f"{flag}={port}")
+
+    assert (code, len(lines)) == (3, 1)
+    assert f"cannot listen on port {port}" in lines[0]
+    assert flag in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "problem"),
+    [
+        (["--no_such_flag"], 2, "app.py: unrecognized arguments: --no_such_flag (--help lists the flags)"),
+        (["--model_dir=/no/such/folder"], 4, "app.py: --model_dir=/no/such/folder does not exist"),
+        (["--model_dir=tests"], 4, "app.py: tests must hold exactly one .onnx file, and holds none: see --model_dir"),
+        (["--model_dir=README.md"], 5, "app.py: README.md cannot be loaded ("),
+        (["--predictor=no.such.module:Class"], 7, "app.py: --predictor=no.such.module:Class cannot be imported: Mod"),
+        (["--predictor=tests.predictors:Absent"], 7, "app.py: --predictor=tests.predictors:Absent cannot be imported"),
+        (["--predictor=json:JSONDecoder"], 7, "app.py: --predictor=json:JSONDecoder is no subclass of serving.predi"),
+        (["--predictor=tests.predictors:Unloadable"], 7, "app.py: Unloadable failed to load: RuntimeError: no such ta"),
+    ],
+)
+def test_a_start_that_cannot_succeed_ends_with_its_code_and_one_line(flags: list[str], code: int, problem: str) -> None:
+    ended, lines = start_failing("--http_port=0", "--grpc_port=0", *flags)
+
+    assert (ended, len(lines)) == (code, 1)
+    assert lines[0].startswith(problem)
+
+
+def test_cuda_that_cannot_be_had_ends_the_start_with_its_code_and_one_line(model_dir: Path) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there is a GPU here: the demand for CUDA may be met")
+    code, lines = start_failing(f"--model_dir={model_dir}", "--device=cuda", "--http_port=0", "--grpc_port=0")
+
+    assert (code, len(lines)) == (6, 1)
+    assert lines[0].startswith("app.py: --device=cuda, but CUDA cannot be had")
+
+
+def test_settings_are_taken_from_the_environment(model_dir: Path) -> None:
+    environment = {**os.environ, "SERVING_MODEL_NAME": "flowers", "SERVING_MODEL_DIR": str(model_dir)}
+    with running(environment=environment) as server:
+        assert server.get("/v1/models").json() == {"models": ["flowers"]}
+
+
+def test_the_procfiles_command_serves(model_dir: Path) -> None:
+    name, _, command = (PROJECT / "Procfile").read_text().strip().partition(": ")
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "SERVING_MODEL_DIR": str(model_dir),
+        "SERVING_HTTP_PORT": "0",
+        "SERVING_GRPC_PORT": "0",
+    }
+    with subprocess.Popen(
+        ["bash", "-c", command], cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        try:
+            server = Server(process, process.stderr)
+            assert server.get("/v1/models").json() == {"models": ["custom-model"]}
+            assert server.stop() == 0
+        finally:
+            process.kill()
+
+    assert name == "web"

@@ -1,0 +1,250 @@
+"""model_export: what it writes, what it refuses, and what it leaves behind when it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model_export.errors import Mismatch
+from model_export.source import Source, load_source
+from model_export.verify import verify
+from model_export.vision import torchvision
+from serving.classifier import Classifier
+from serving.engine import Engine
+from serving.model_card import ModelCard
+from serving.predictor import Request
+from serving.settings import Settings
+from serving.tensors import tensor_of_values
+from tests.pictures import CAT, PHOTOGRAPHS, TUTORIAL_REQUEST
+from tests.servers import PROJECT
+
+TUTORIAL_LOGITS = [14.976, 14.037, 13.966, 12.252, 12.086]
+
+
+def export(output: Path, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`home` takes the place of the user's cache of downloads."""
+    return subprocess.run(
+        [sys.executable, "-m", "model_export", "--output", str(output), *arguments],
+        cwd=PROJECT,
+        env={**os.environ, "TORCH_HOME": str(home)} if home else None,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def card_of(model_dir: Path) -> ModelCard:
+    return ModelCard.from_properties(Engine(model_dir, "cpu", 1).metadata)
+
+
+def test_an_export_is_one_model_and_one_file_of_weights(model_dir: Path) -> None:
+    card = card_of(model_dir)
+
+    assert sorted(file.name for file in model_dir.iterdir()) == [
+        f"alexnet-fp32-{card.weights_sha256[:12]}.weights",
+        "model.onnx",
+    ]
+    assert (model_dir / "model.onnx").stat().st_size < 200_000
+
+
+def test_the_model_describes_itself(model_dir: Path, original: Source) -> None:
+    card = card_of(model_dir)
+
+    assert (card.architecture, card.weights, card.precision, card.opset) == ("alexnet", "seeded:0", "fp32", 20)
+    assert (card.resize_pixels, card.crop_pixels, card.interpolation) == (256, 224, "BILINEAR")
+    assert (card.mean, card.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (len(card.labels), card.labels[0], card.labels[281]) == (1000, "tench", "tabby")
+    assert card.weights_sha256 == original.weights_sha256
+    assert card.versions["torch"] == torch.__version__
+    assert "UNTRAINED WEIGHTS (seeded:0)" in card.warning
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(original: Source) -> None:
+    assert load_source("alexnet", "seeded:0").weights_sha256 == original.weights_sha256
+    assert load_source("alexnet", "seeded:1").weights_sha256 != original.weights_sha256
+
+
+def test_another_architecture_is_exported_and_served_with_its_own_preset(tmp_path: Path) -> None:
+    done = export(tmp_path, "--arch", "resnet18", "--weights", "seeded:7")
+    assert done.returncode == 0, done.stderr
+    classifier = Classifier(Settings(), tmp_path)
+    classifier.load()
+
+    rows = classifier.preprocess(Request("resnet18", (tensor_of_values("image", "BYTES", [1], [CAT]),)))
+    logits = classifier.predict(rows)["logits"]
+
+    with torch.inference_mode():
+        expected = load_source("resnet18", "seeded:7").model(torch.from_numpy(rows["pixels"])).numpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_a_state_dict_is_exported_as_a_file_of_trained_weights(tmp_path: Path) -> None:
+    file = tmp_path / "mine.pth"
+    torch.save(load_source("squeezenet1_1", "seeded:3").model.state_dict(), file)
+
+    done = export(tmp_path / "model", "--arch", "squeezenet1_1", "--weights", str(file))
+
+    assert done.returncode == 0, done.stderr
+    card = card_of(tmp_path / "model")
+    assert (card.weights, card.warning) == ("file:mine.pth", "")
+    assert card.weights_sha256 == load_source("squeezenet1_1", "seeded:3").weights_sha256
+
+
+def test_progress_and_the_largest_difference_are_printed(export_output: tuple[Path, str]) -> None:
+    printed = export_output[1]
+
+    assert "loading alexnet with weights seeded:0" in printed
+    assert "converting to ONNX, opset 20" in printed
+    assert "8 photographs: pixels within 0.0e+00, logits within" in printed
+    assert "UNTRAINED WEIGHTS (seeded:0)" in printed
+
+
+def test_a_new_export_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        assert export(tmp_path, "--arch", "squeezenet1_1", "--weights", f"seeded:{seed}").returncode == 0
+
+    assert card_of(tmp_path).weights == "seeded:1"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_model_that_answers_something_else_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    other = load_source("alexnet", "seeded:1")
+
+    with pytest.raises(Mismatch, match=r"differs from the original on 8 photographs: pixels within 0\.0e\+00, logits"):
+        verify(other, model_dir)
+
+
+def test_a_failed_verification_leaves_nothing(tmp_path: Path, original: Source) -> None:
+    from model_export.export import convert, make_card, write
+
+    card = make_card(original, "fp32")
+
+    def refuse(directory: Path) -> None:
+        assert (directory / "model.onnx").exists()
+        raise Mismatch("not this time")
+
+    with pytest.raises(Mismatch):
+        write(convert(original, card), card, tmp_path, refuse)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_killed_at_any_moment_leaves_nothing_that_a_server_would_load(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "model_export", "--weights", "seeded:0", "--output", str(tmp_path)]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if "comparing" in line:  # both files are written, under another name
+                process.kill()
+
+    assert not (tmp_path / "model.onnx").exists()
+    assert all(path.name.startswith(".export-") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--arch", "lenet"], 2, "--arch lenet is none of torchvision's classifiers, such as alexnet or resnet50"),
+        (["--arch", "fcn_resnet50"], 2, "--arch fcn_resnet50 is none of torchvision's classifiers"),
+        (["--weights", "seeded:x"], 2, "--weights seeded:x: the seed must be a whole number, as in seeded:0"),
+        (
+            ["--weights", "no.pth"],
+            3,
+            "--weights no.pth: No such file or directory; it takes pretrained, auto, seeded:N",
+        ),
+        (["--weights", "README.md"], 2, "--weights README.md is no state dict saved by torch.save"),
+    ],
+)
+def test_what_cannot_be_exported_fails_with_one_line_and_its_own_code(
+    arguments: list[str], code: int, problem: str, tmp_path: Path
+) -> None:
+    done = export(tmp_path / "model", *arguments)
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
+    assert done.stderr.startswith(f"model_export: {problem}")
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "other.pth"
+    torch.save(load_source("squeezenet1_1", "seeded:0").model.state_dict(), file)
+
+    done = export(tmp_path / "model", "--weights", str(file))
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "does not fit alexnet: Error(s) in loading state_dict for AlexNet: Missing key(s)" in done.stderr
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy answers there: a machine that cannot reach torchvision's weights."""
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("unreachable")
+def test_pretrained_without_network_fails_with_one_line_and_leaves_no_model(tmp_path: Path) -> None:
+    done = export(tmp_path / "model", "--weights", "pretrained", home=tmp_path / "cache")
+
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Downloading: ")]
+    assert done.returncode == 3
+    assert len(lines) == 1
+    assert lines[0].startswith("model_export: torchvision's weights of alexnet cannot be had (")
+    assert lines[0].endswith("try again, or give a downloaded file as --weights FILE.pth")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.usefixtures("unreachable")
+def test_auto_without_network_takes_seeded_weights_behind_a_warning(tmp_path: Path) -> None:
+    done = export(tmp_path / "model", "--weights", "auto", "--arch", "squeezenet1_1", home=tmp_path / "cache")
+
+    assert done.returncode == 0, done.stderr
+    assert "Taking UNTRAINED weights instead (seeded:0): the answers will be meaningless" in done.stdout
+    assert card_of(tmp_path / "model").weights == "seeded:0"
+
+
+def test_pretrained_weights_give_the_tutorials_answer_for_the_tutorials_picture(tmp_path: Path) -> None:
+    if "the tutorial's" not in PHOTOGRAPHS:
+        pytest.skip(f"the tutorial's picture is not at {TUTORIAL_REQUEST.name}")
+    done = export(tmp_path, "--weights", "pretrained")
+    if done.returncode == 3:
+        pytest.skip(
+            "torchvision's pretrained weights cannot be downloaded here; with them the tutorial's picture must give "
+            f"the logits {TUTORIAL_LOGITS}, to three decimals"
+        )
+    classifier = Classifier(Settings(), tmp_path)
+    classifier.load()
+    request = Request("alexnet", (tensor_of_values("image", "BYTES", [1], [PHOTOGRAPHS["the tutorial's"]]),))
+
+    predictions = classifier.predict(classifier.preprocess(request))
+
+    (output,) = classifier.postprocess(predictions, request).outputs
+    assert np.round(output.array[0], 3).tolist() == pytest.approx(TUTORIAL_LOGITS, abs=1e-6)
+
+
+@pytest.mark.parametrize("file_name", ["model.onnx", "weights"])
+def test_an_exports_files_can_be_read_by_another_user(file_name: str, model_dir: Path) -> None:
+    file = next(file for file in model_dir.iterdir() if file.name.endswith(file_name))
+
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_every_architecture_of_torchvision_has_a_preset_that_the_server_can_follow() -> None:
+    for architecture in torchvision.models.list_models(module=torchvision.models):
+        preset = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
+        assert len(preset.resize_size) == len(preset.crop_size) == 1
+        assert preset.crop_size[0] <= preset.resize_size[0]
+        assert preset.interpolation.name in ("BILINEAR", "BICUBIC")
+
+
+def test_a_copy_of_an_export_is_served_from_where_it_lies(model_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+
+    assert card_of(copy) == card_of(model_dir)

@@ -1,0 +1,181 @@
+"""README.md is true: its commands run, its answers come, its tables are those of the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from starlette.routing import Route
+
+from serving.dataplane import DataPlane
+from serving.errors import ServingError, StartError
+from serving.models import Models
+from serving.settings import Settings, environment_variable
+from serving.transports import rest_ops, rest_v1, rest_v2
+from serving.transports.grpc_service import InferenceService
+from tests.pictures import MODES
+from tests.servers import PROJECT, Server, running
+
+README = (PROJECT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def command(start: str) -> str:
+    (found,) = [line for line in commands() if line.startswith(start)]
+    return found
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the rows below a table's head, without the marks of code."""
+    _, _, rest = README.partition(heading)
+    rows = rest.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def run(line: str, server: Server, **environment: str) -> str:
+    """A command of the README, with the server's address instead of its default one."""
+    words = [word.replace("localhost:8080", server.url) for word in shlex.split(line)]
+    words[0] = {".venv/bin/python": sys.executable, "python3": sys.executable}.get(words[0], words[0])
+    done = subprocess.run(
+        words, cwd=PROJECT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+def test_the_first_answer_is_the_one_shown_for_seeded_weights(server: Server) -> None:
+    answer = json.loads(run(command('curl -H "Content-Type: application/json"'), server))
+
+    (shown,) = json.loads(blocks("json")[0])["predictions"]
+    assert answer["predictions"] == [pytest.approx(shown, abs=1e-3)]
+
+
+def test_the_grpc_client_prints_what_rest_answers(server: Server) -> None:
+    printed = run(
+        command(".venv/bin/python -m clients"), server, INGRESS_HOST="127.0.0.1", INGRESS_PORT=str(server.grpc_port)
+    )
+
+    first, output = printed.splitlines()
+    rest = server.predict((PROJECT / "examples/picture.jpg").read_bytes(), content_type="image/jpeg").json()
+    assert first.startswith("custom-model answered ")
+    assert output == f"output-0 FP32 [1, 5] {rest['predictions'][0]}"
+
+
+def test_a_picture_of_ones_own_is_sent_by_curl(server: Server) -> None:
+    printed = run(command('curl -H "Content-Type: image/jpeg"'), server)
+
+    assert len(json.loads(printed)["predictions"][0]) == 5
+
+
+def test_a_request_is_made_from_a_picture(server: Server) -> None:
+    line, _, file = command("python3 clients/make_input.py").partition(" > ")
+
+    request = run(line, server)
+
+    assert file == "input.json"
+    assert server.predict(request).json() == json.loads(
+        run(command('curl -H "Content-Type: application/json"'), server)
+    )
+
+
+def test_the_predictor_of_ones_own_serves_both_protocols(tmp_path: Path) -> None:
+    (tmp_path / "iris.py").write_text(blocks("python")[0])
+    flags = shlex.split(command(".venv/bin/python app.py --model_name=iris"))[2:]
+
+    with running(*flags, environment={**os.environ, "PYTHONPATH": str(tmp_path)}) as server:
+        answer = run(command("curl localhost:8080/v1/models/iris"), server)
+
+    assert answer == blocks("json")[1].strip()
+
+
+def test_the_class_of_ones_own_has_about_ten_lines() -> None:
+    assert len(blocks("python")[0].strip().splitlines()) <= 14
+
+
+def test_every_other_command_is_run_by_ci() -> None:
+    ran_here = [
+        'curl -H "Content-Type: application/json"',
+        'curl -H "Content-Type: image/jpeg"',
+        "curl localhost:8080/v1/models/iris",
+        "python3 clients/make_input.py",
+        ".venv/bin/python -m clients",
+        ".venv/bin/python app.py --model_name=iris",
+    ]
+    ran_by_ci = (PROJECT / ".ci/run").read_text().splitlines()
+
+    others = [line for line in commands() if not line.startswith(tuple(ran_here))]
+    assert others
+    for line in others:
+        assert [run for run in ran_by_ci if line in run], line
+
+
+def test_the_settings_are_those_of_the_code() -> None:
+    shown = table("overrules its environment variable, and that the default.\n\n")
+
+    assert shown == [
+        [
+            f"--{entry.name}",
+            environment_variable(entry.name),
+            "" if entry.default is None else str(entry.default),
+            entry.metadata["help"],
+        ]
+        for entry in fields(Settings)
+    ]
+
+
+def test_the_rest_table_has_every_route_of_the_server() -> None:
+    dataplane = DataPlane(Models([]), Settings())
+    found: list[Route] = [*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)]
+    dataplane.close()
+
+    shown = {row[0] for row in table("\n## What it answers\n\n")}
+    assert shown == {f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in found if route.methods}
+
+
+def test_the_grpc_table_has_every_method_of_the_server() -> None:
+    dataplane = DataPlane(Models([]), Settings())
+    methods = InferenceService(dataplane).methods.keys()
+    dataplane.close()
+
+    shown = {name for row in table("as KServe's V1 clients ask it |\n\n") for name in row[0].split(", ")}
+    assert shown == methods
+
+
+def test_the_error_table_has_every_status_of_the_code() -> None:
+    shown = {(int(row[0]), row[1]) for row in table("with the same text over gRPC.\n\n")}
+
+    assert shown == {(kind.http_status, kind.grpc_status) for kind in ServingError.__subclasses__()}
+
+
+def test_the_exit_codes_are_those_of_the_code() -> None:
+    shown = {int(row[0]): row[1] for row in table("and a code of its own:\n\n")}
+
+    meanings = {kind.exit_code: str(kind.__doc__).rstrip(".").lower() for kind in StartError.__subclasses__()}
+    assert {code: text.lower() for code, text in shown.items() if code} == meanings
+
+
+def test_the_kinds_of_image_are_counted_right() -> None:
+    assert f"{len(MODES)} kinds of image" in README
+
+
+def test_the_direct_requirements_are_nine() -> None:
+    pins = [
+        line
+        for name in ("requirements.txt", "requirements-base.txt")
+        for line in (PROJECT / name).read_text().splitlines()
+    ]
+
+    assert len([line for line in pins if "==" in line]) == 9

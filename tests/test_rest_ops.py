@@ -1,0 +1,106 @@
+"""What operators ask over REST, and what any HTTP client may expect of any route."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import Server
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/", {"status": "alive"}),
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+        ("/v1/models", {"models": ["custom-model"]}),
+        ("/v1/models/custom-model", {"name": "custom-model", "ready": True}),
+    ],
+)
+def test_a_healthy_server_says_so(path: str, body: dict[str, Any], server: Server) -> None:
+    response = server.get(path)
+
+    assert (response.status_code, response.json()) == (200, body)
+    assert response.headers["content-type"] == "application/json"
+
+
+def test_the_metadata_of_a_seeded_model_warns(server: Server) -> None:
+    assert server.get("/v2/models/custom-model").json() == {
+        "name": "custom-model",
+        "versions": None,
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "input-0", "datatype": "BYTES", "shape": [-1]}],
+        "outputs": [{"name": "output-0", "datatype": "FP32", "shape": [-1, 5]}],
+        "warning": "UNTRAINED WEIGHTS (seeded:0): the answers are meaningless, for tests and benchmarks only",
+    }
+
+
+@pytest.mark.parametrize("path", ["/v1/models/nope", "/v2/models/nope", "/v1/models/custom-model:predict"])
+def test_an_unknown_model_is_404(path: str, server: Server) -> None:
+    response = server.get(path)
+
+    name = path.rpartition("/")[2]
+    assert (response.status_code, response.json()) == (404, {"error": f"Model with name {name} does not exist."})
+
+
+def test_an_unknown_path_is_404_in_the_form_of_every_error(server: Server) -> None:
+    response = server.get("/v3")
+
+    assert (response.status_code, response.json()) == (404, {"error": "Not Found"})
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/models/custom-model", "/v2/health/ready"])
+def test_a_wrong_method_is_405_and_names_the_right_ones(path: str, server: Server) -> None:
+    response = server.post(path, "{}")
+
+    assert (response.status_code, response.json()) == (405, {"error": "Method Not Allowed"})
+    assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+def test_head_is_answered_as_get_without_a_body(server: Server) -> None:
+    response = httpx.head(server.url + "/v2/health/ready")
+
+    assert (response.status_code, response.content) == (200, b"")
+
+
+def test_a_trailing_slash_is_redirected(server: Server) -> None:
+    response = server.get("/v1/models/")
+
+    assert (response.status_code, response.headers["location"]) == (307, f"{server.url}/v1/models")
+
+
+def test_nothing_tells_which_server_it_is(server: Server) -> None:
+    assert "server" not in server.get("/").headers
+
+
+def test_http_2_is_spoken_to_clients_that_begin_with_it(server: Server) -> None:
+    done = subprocess.run(
+        [
+            "curl",
+            "-sS",
+            "-m",
+            "10",
+            "--http2-prior-knowledge",
+            "-w",
+            "\n%{http_version}",
+            f"{server.url}/v2/health/ready",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    body, version = done.stdout.split("\n")
+    assert (json.loads(body), version) == ({"ready": True}, "2")
+
+
+def test_one_http_2_connection_serves_more_than_a_thousand_requests(server: Server) -> None:
+    with httpx.Client(http1=False, http2=True) as client:
+        statuses = [client.get(f"{server.url}/v2/health/live").status_code for _ in range(1100)]
+
+    assert statuses == [200] * 1100

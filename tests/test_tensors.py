@@ -1,0 +1,116 @@
+"""serving/tensors.py: every datatype, there and back, and what is no tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from serving.errors import InvalidInput
+from serving.tensors import DTYPES, Tensor, raw_of_tensor, tensor_of_lists, tensor_of_raw, tensor_of_values
+
+numeric = st.sampled_from([dtype for name, dtype in DTYPES.items() if name != "BYTES"])
+array = numeric.flatmap(lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0)))
+
+
+@given(array)
+def test_numbers_of_every_datatype_survive_raw_bytes(values: Any) -> None:
+    tensor = Tensor("x", values)
+
+    again = tensor_of_raw("x", tensor.datatype, tensor.shape, raw_of_tensor(tensor))
+
+    assert again.array.dtype == values.dtype
+    np.testing.assert_array_equal(again.array, values)
+
+
+@given(st.lists(st.binary()))
+def test_bytes_survive_raw_bytes(elements: list[bytes]) -> None:
+    tensor = tensor_of_values("x", "BYTES", [len(elements)], elements)
+
+    assert tensor_of_raw("x", "BYTES", [len(elements)], raw_of_tensor(tensor)).array.tolist() == elements
+
+
+def test_raw_numbers_are_read_in_place() -> None:
+    raw = np.arange(6, dtype=np.float32).tobytes()
+
+    assert not tensor_of_raw("x", "FP32", [2, 3], raw).array.flags.owndata
+
+
+def test_an_empty_shape_is_one_element() -> None:
+    assert tensor_of_values("x", "BYTES", [], [b"image"]).array.item() == b"image"
+    assert tensor_of_raw("x", "FP32", [], b"\0\0\x80?").array.item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "rows"), [("BYTES", [], 1), ("BYTES", [2, 1], 2), ("FP32", [], 1), ("FP32", [2, 1], 2)]
+)
+def test_rows_are_elements_of_bytes_and_else_the_first_axis(datatype: str, shape: list[int], rows: int) -> None:
+    values = [b"a", b"b"] if datatype == "BYTES" else [1.0, 2.0]
+
+    assert tensor_of_values("x", datatype, shape, values[:rows]).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "values", "problem"),
+    [
+        ("FP31", [1], [1.0], "its datatype is none of BOOL"),
+        ("fp32", [1], [1.0], "its datatype is none of BOOL"),
+        ("FP32", [2], [1.0], "another number of values than the 1 sent"),
+        ("FP32", [-1], [1.0], "negative or more than 16 dimensions"),
+        ("FP32", [1] * 17, [1.0], "negative or more than 16 dimensions"),
+        ("FP32", [2**40, 2**40], [1.0], "another number of values than the 1 sent"),
+        ("FP32", [0, 2**63 - 1, 2**63 - 1], [], "out of range"),
+        ("INT8", [1], [128], "a value lies outside INT8"),
+        ("UINT16", [1], [65536], "a value lies outside UINT16"),
+    ],
+)
+def test_values_that_are_not_what_they_claim_are_refused(
+    datatype: str, shape: list[int], values: list[Any], problem: str
+) -> None:
+    with pytest.raises(InvalidInput, match=problem):
+        tensor_of_values("x", datatype, shape, values)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "raw", "problem"),
+    [
+        ("FP32", b"\0" * 7, "7 bytes are no whole number of FP32 values"),
+        ("BYTES", b"\1\0", "truncated"),
+        ("BYTES", b"\5\0\0\0abcd", "truncated"),
+        ("BYTES", b"\xff\xff\xff\xffabcd", "truncated"),
+    ],
+)
+def test_raw_bytes_that_are_cut_are_refused(datatype: str, raw: bytes, problem: str) -> None:
+    with pytest.raises(InvalidInput, match=problem):
+        tensor_of_raw("x", datatype, [1], raw)
+
+
+@pytest.mark.parametrize(
+    ("lists", "datatype", "shape"),
+    [
+        ([1, 2], "INT64", (2,)),
+        ([1.5, 2], "FP64", (2,)),
+        ([True, False], "BOOL", (2,)),
+        ([[1.0], [2.0], [3.0]], "FP64", (3, 1)),
+        ([b"a", b"b"], "BYTES", (2,)),
+        ([2**63], "UINT64", (1,)),
+    ],
+)
+def test_json_lists_become_the_widest_datatype_of_their_kind(
+    lists: list[Any], datatype: str, shape: tuple[int, ...]
+) -> None:
+    tensor = tensor_of_lists("x", lists)
+
+    assert (tensor.datatype, tensor.shape) == (datatype, shape)
+
+
+@pytest.mark.parametrize(
+    "lists", [[[1], [1, 2]], [1, "a"], [b"a", 1], [None], [{}], [["a"]], [2**64], [[[1]], [1]], [1, None]]
+)
+def test_lists_that_are_ragged_or_mixed_are_refused(lists: list[Any]) -> None:
+    with pytest.raises(InvalidInput):
+        tensor_of_lists("x", lists)

@@ -1,0 +1,228 @@
+"""proto/wire.py against google.protobuf: what one reads the other reads, what one refuses the other refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proto.generated import inference as pb
+from proto.wire import DecodeError, decode
+from tests.servers import PROJECT
+
+PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+
+int32 = st.integers(-(2**31), 2**31 - 1)
+int64 = st.integers(-(2**63), 2**63 - 1)
+uint32 = st.integers(0, 2**32 - 1)
+uint64 = st.integers(0, 2**64 - 1)
+fp32 = st.floats(width=32, allow_nan=False)
+
+contents = st.fixed_dictionaries(
+    {},
+    optional={
+        "bool_contents": st.lists(st.booleans()),
+        "int_contents": st.lists(int32),
+        "int64_contents": st.lists(int64),
+        "uint_contents": st.lists(uint32),
+        "uint64_contents": st.lists(uint64),
+        "fp32_contents": st.lists(fp32),
+        "fp64_contents": st.lists(st.floats(allow_nan=False)),
+        "bytes_contents": st.lists(st.binary()),
+    },
+)
+parameter: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.fixed_dictionaries({"bool_param": st.booleans()}),
+    st.fixed_dictionaries({"int64_param": int64}),
+    st.fixed_dictionaries({"string_param": st.text()}),
+    st.just({}),
+)
+tensor = st.fixed_dictionaries(
+    {
+        "name": st.text(),
+        "datatype": st.text(),
+        "shape": st.lists(int64),
+        "parameters": st.dictionaries(st.text(), parameter),
+    },
+    optional={"contents": contents},
+)
+infer_request = st.fixed_dictionaries(
+    {
+        "model_name": st.text(),
+        "id": st.text(),
+        "parameters": st.dictionaries(st.text(), parameter),
+        "inputs": st.lists(tensor, max_size=3),
+        "raw_input_contents": st.lists(st.binary(), max_size=3),
+    }
+)
+
+
+def google_request(google: ModuleType, values: dict[str, Any]) -> Any:
+    request = google.ModelInferRequest(model_name=values["model_name"], id=values["id"])
+    request.raw_input_contents.extend(values["raw_input_contents"])
+    fill(google, request.parameters, values["parameters"])
+    for given_tensor in values["inputs"]:
+        target = request.inputs.add(
+            name=given_tensor["name"], datatype=given_tensor["datatype"], shape=given_tensor["shape"]
+        )
+        fill(google, target.parameters, given_tensor["parameters"])
+        if "contents" in given_tensor:
+            target.contents.SetInParent()
+            for field, numbers in given_tensor["contents"].items():
+                getattr(target.contents, field).extend(numbers)
+    return request
+
+
+def fill(google: ModuleType, target: Any, parameters: dict[str, Any]) -> None:
+    for name, choice in parameters.items():
+        target[name].CopyFrom(google.InferParameter(**choice))
+
+
+def plain(message: Any) -> Any:
+    """Either library's message as comparable values."""
+    if hasattr(message, "DESCRIPTOR"):
+        return {
+            field.name: plain_google(field, message)
+            for field in message.DESCRIPTOR.fields
+            if not field.has_presence or message.HasField(field.name)
+        }
+    fields = {name: plain_ours(getattr(message, name)) for name in message._betterproto.meta_by_field_name}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def plain_google(field: Any, message: Any) -> Any:
+    value = getattr(message, field.name)
+    if field.message_type and field.message_type.GetOptions().map_entry:
+        return {key: plain(value[key]) for key in value}
+    if field.is_repeated:
+        return [plain(item) if field.message_type else item for item in value]
+    return plain(value) if field.message_type else value
+
+
+def plain_ours(value: Any) -> Any:
+    if isinstance(value, memoryview):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain_ours(item) for item in value]
+    return plain(value) if hasattr(value, "_betterproto") else value
+
+
+@PROPERTY
+@given(values=infer_request)
+def test_every_message_that_google_writes_is_read_as_google_reads_it(
+    google: ModuleType, values: dict[str, Any]
+) -> None:
+    data = google_request(google, values).SerializeToString()
+
+    assert plain(decode(pb.ModelInferRequest, data)) == plain(google.ModelInferRequest.FromString(data))
+
+
+@PROPERTY
+@given(values=infer_request, data=st.data())
+def test_no_truncated_message_is_read_as_anything_but_what_google_reads(
+    google: ModuleType, values: dict[str, Any], data: st.DataObject
+) -> None:
+    whole = google_request(google, values).SerializeToString()
+    cut = whole[: data.draw(st.integers(0, len(whole)))]
+
+    assert ours_or_error(cut) == googles_or_error(google, cut)
+
+
+def ours_or_error(data: bytes) -> Any:
+    try:
+        return plain(decode(pb.ModelInferRequest, data))
+    except DecodeError:
+        return "error"
+
+
+def googles_or_error(google: ModuleType, data: bytes) -> Any:
+    from google.protobuf.message import DecodeError as GooglesDecodeError
+
+    try:
+        return plain(google.ModelInferRequest.FromString(data))
+    except GooglesDecodeError:
+        return "error"
+
+
+@PROPERTY
+@given(data=st.binary(max_size=200))
+def test_arbitrary_bytes_raise_nothing_but_a_decode_error(data: bytes) -> None:
+    ours_or_error(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"\x0a\x05abc", "truncated field"),
+        (b"\x0a", "truncated varint"),
+        (b"\x0a" + b"\xff" * 11, "varint too long"),
+        (b"\x02\x00", "field number 0"),
+        (b"\x0f", "wire type 7"),
+        (b"\x0b\x0c", "wire type 3"),
+        (b"\x0a\x01\xff", "a string that is not UTF-8"),
+        (b"\x2a\x04\x2a\x02\x32\x03", "truncated field"),
+        (b"\x2a\x07\x2a\x05\x32\x03abc", "packed numbers of a broken length"),
+        (b"\x2a\x03\x1a\x01\x80", "truncated varint"),
+    ],
+)
+def test_a_damaged_message_is_refused_with_the_reason(data: bytes, problem: str) -> None:
+    with pytest.raises(DecodeError, match=f"^{problem}$"):
+        decode(pb.ModelInferRequest, data)
+
+
+def test_a_number_in_a_string_field_is_an_unknown_field() -> None:
+    assert decode(pb.ModelInferRequest, b"\x08\x05").model_name == ""
+
+
+def test_numbers_that_come_unpacked_and_in_several_packed_runs_are_all_kept() -> None:
+    message = decode(pb.InferTensorContents, b"\x10\x01\x12\x02\x02\x03\x10\x04")
+
+    assert message.int_contents.tolist() == [1, 2, 3, 4]  # type: ignore[attr-defined]
+
+
+def test_the_last_member_of_a_oneof_on_the_wire_wins() -> None:
+    parameter = decode(pb.InferParameter, b"\x08\x01\x1a\x01a")
+
+    assert (parameter.bool_param, parameter.string_param) == (None, "a")
+
+
+def test_packed_floats_are_not_copied() -> None:
+    data = bytes(pb.InferTensorContents(fp32_contents=[1.5, 2.5]))
+
+    floats: Any = decode(pb.InferTensorContents, data).fp32_contents
+
+    assert np.shares_memory(np.asarray(floats), np.frombuffer(data, np.uint8))
+    assert floats.tolist() == [1.5, 2.5]
+
+
+def test_a_decoded_message_can_be_compared_and_tested_for_truth() -> None:
+    data = bytes(pb.InferTensorContents(fp32_contents=[1.5], int_contents=[7]))
+
+    assert decode(pb.InferTensorContents, data)
+    assert decode(pb.InferTensorContents, data) == decode(pb.InferTensorContents, data)
+
+
+def test_generating_the_messages_again_changes_nothing(tmp_path: Path) -> None:
+    options = ["client_generation=none", "server_generation=none"]
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", "-Iproto", f"--python_betterproto2_out={tmp_path}"]
+        + [f"--python_betterproto2_opt={option}" for option in options]
+        + ["proto/grpc_predict_v2.proto"],
+        cwd=PROJECT,
+        env={"PATH": str(Path(sys.executable).parent)},
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+    for file in ("__init__.py", "message_pool.py", "inference/__init__.py"):
+        assert (tmp_path / file).read_text() == (PROJECT / "proto/generated" / file).read_text()
