@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from serving import image
 from serving.engine import Engine
-from serving.errors import InvalidInput, ModelDamaged, ServingError
+from serving.errors import InvalidInput, ModelDamaged, TooLarge, one_line
 from serving.model_card import ModelCard
 from serving.predictor import Predictor, Request, Response, Rows
 from serving.tensors import Tensor, TensorSpec
@@ -37,8 +37,7 @@ class Classifier(Predictor):
         )
         self.row_shape = (3, self.card.crop_pixels, self.card.crop_pixels)
         self.outputs = (TensorSpec("output-0", "FP32", (-1, min(TOP, len(self.card.labels)))),)
-        # The first run allocates memory and starts threads: here, not in the first request.
-        self.predict({"pixels": np.zeros((1, *self.row_shape), np.float32)})
+        self._warm_up()
 
     def preprocess(self, request: Request) -> Rows:
         """Images or prepared tensors to `pixels`, FP32 [rows, 3, crop, crop]."""
@@ -55,10 +54,19 @@ class Classifier(Predictor):
         logits = predictions["logits"]
         return Response([Tensor("output-0", -np.sort(-logits, axis=1)[:, :TOP])])
 
+    def _warm_up(self) -> None:
+        """The first run allocates memory and starts threads, and shows whether the model runs at all."""
+        try:
+            logits = self.predict({"pixels": np.zeros((1, *self.row_shape), np.float32)})["logits"]
+        except Exception as error:  # ONNX Runtime's exceptions have no class in common
+            raise ModelDamaged(f"{self.model_dir} does not run ({one_line(error)}); export the model again") from error
+        if logits.shape != (1, len(self.card.labels)):
+            raise ModelDamaged(f"{self.model_dir} has {logits.shape[-1]} logits for {len(self.card.labels)} labels")
+
     def _image(self, name: str, row: int, element: bytes) -> NDArray[np.float32]:
         try:
             return self.preprocessing(image.decode(image.image_bytes(element), self.settings.max_image_pixels))
-        except ServingError as error:
+        except (InvalidInput, TooLarge) as error:
             raise type(error)(f"input '{name}', row {row}: {error}") from None
 
     def _prepared(self, tensor: Tensor) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from serving.cpus import available_cpus
-from serving.errors import DeviceMissing, ModelDamaged, ModelMissing
+from serving.errors import DeviceMissing, ModelDamaged, ModelMissing, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ class Engine:
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no class in common
-            reason = " ".join(str(error).split())
-            raise ModelDamaged(f"{file} cannot be loaded ({reason}); export the model again") from error
+            raise ModelDamaged(f"{file} cannot be loaded ({one_line(error)}); export the model again") from error
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
         if device == "cuda" and self.device != "cuda":
             raise DeviceMissing(NO_CUDA.format("it did not start, see the driver and the CUDA libraries"))

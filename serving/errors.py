@@ -85,6 +85,11 @@ class Overloaded(ServingError):
         super().__init__("The server is at its limit of concurrent requests; try again.")
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's text for a line of somebody else's: libraries write whole paragraphs."""
+    return " ".join(str(error).split())
+
+
 class StartError(Exception):
     """The server cannot start, or not go on: `str(error)` is the one line that says what to do."""
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from serving.errors import ModelMissing, ModelNotFound, ModelNotReady, PredictorBroken, StartError
+from serving.errors import ModelMissing, ModelNotFound, ModelNotReady, PredictorBroken, StartError, one_line
 from serving.predictor import Predictor
 from serving.settings import Settings
 
@@ -32,7 +32,7 @@ class Model:
             raise
         except Exception as error:
             raise PredictorBroken(
-                f"{type(self.predictor).__qualname__} failed to load: {type(error).__name__}: {error}"
+                f"{type(self.predictor).__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
             ) from error
         if self.predictor.warning:
             for line in ("=" * 100, f"{self.name}: {self.predictor.warning}", "=" * 100):
@@ -79,7 +79,9 @@ def _predictor_class(path: str) -> type[Predictor]:
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise PredictorBroken(f"--predictor={path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise PredictorBroken(
+            f"--predictor={path} cannot be imported: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Predictor)):
         raise PredictorBroken(f"--predictor={path} is no subclass of serving.predictor.Predictor")
     return found

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
+from model_export.export import make_card
 from model_export.source import Source
 from serving.classifier import Classifier
 from serving.errors import InvalidInput, ModelDamaged
@@ -113,10 +116,8 @@ def test_two_inputs_are_refused(classifier: Classifier) -> None:
         classifier.preprocess(Request("alexnet", (image, image)))
 
 
-def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper
-
+def identity_model(folder: Path, properties: dict[str, str]) -> None:
+    """An ONNX file that is no classifier, whatever its metadata says."""
     graph = helper.make_graph(
         [helper.make_node("Identity", ["pixels"], ["logits"])],
         "identity",
@@ -124,7 +125,19 @@ def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 5])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, tmp_path / "model.onnx")
+    helper.set_model_props(model, properties)
+    onnx.save(model, folder / "model.onnx")
 
-    with pytest.raises(ModelDamaged, match="lacks the metadata that `python -m model_export` writes"):
+
+def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
+    identity_model(tmp_path, {})
+
+    with pytest.raises(ModelDamaged, match=r"lacks the metadata that `python -m model_export` writes"):
+        Classifier(Settings(), tmp_path).load()
+
+
+def test_a_model_that_does_not_run_is_damaged_before_anybody_asks_it(tmp_path: Path, original: Source) -> None:
+    identity_model(tmp_path, make_card(original, "fp32").to_properties())
+
+    with pytest.raises(ModelDamaged, match=r"does not run \(.*\); export the model again$"):
         Classifier(Settings(), tmp_path).load()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -30,14 +32,12 @@ def make_http_app(dataplane: DataPlane, settings: Settings) -> ASGIApp:
     return BodyGuard(app, settings.max_body_bytes)
 
 
-async def _serving_error(_: HttpRequest, error: Exception) -> HttpResponse:
-    return error_response(error if isinstance(error, ServingError) else InternalError())
+async def _serving_error(_: HttpRequest, error: Any) -> HttpResponse:
+    return error_response(error)
 
 
-async def _routing_error(_: HttpRequest, error: Exception) -> HttpResponse:
+async def _routing_error(_: HttpRequest, error: Any) -> HttpResponse:
     """Unknown paths and methods; KServe says "detail" here, which its own clients do not read."""
-    if not isinstance(error, HTTPException):
-        return error_response(InternalError())
     response = json_response({"error": error.detail}, error.status_code)
     response.headers.update(error.headers or {})
     return response

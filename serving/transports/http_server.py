@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import socket
-from typing import cast
+from typing import Any, cast
 
 import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -76,23 +78,35 @@ hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of `host`; for none, one for IPv4 and one for IPv6 where the machine has it."""
+    """A socket for each address of `host`; for none, one for IPv4 and one for IPv6, so far as the machine has them."""
     sockets: list[socket.socket] = []
     try:
         addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in sorted(addresses):  # IPv4 first: a port of 0 becomes both's
+        for family, _, _, _, address in sorted(addresses):  # IPv4 first: the port that 0 becomes is then IPv6's, too
+            taken = port or (sockets[0].getsockname()[1] if sockets else 0)
             try:
-                listener = socket.socket(family, kind, protocol)
-            except OSError:
-                continue
-            sockets.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((address[0], port or sockets[0].getsockname()[1], *address[2:]))
+                sockets.append(_bound(family, (address[0], taken, *address[2:])))
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+        if not sockets:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
     except OSError as error:
         for listener in sockets:
             listener.close()
         where = f"port {port}" + (f" of {host}" if host else "")
         raise PortInUse(f"HTTP cannot listen on {where} ({error.strerror}): choose another with --http_port") from None
     return sockets
+
+
+def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
