@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,9 +12,10 @@ from serving import image
 from serving.engine import Engine
 from serving.errors import InvalidInput, ModelDamaged, TooLarge, one_line
 from serving.model_card import ModelCard
-from serving.predictor import Predictor, Request, Response, Rows
+from serving.predictor import Predictor, Request, RequestedOutput, Response, Rows
 from serving.tensors import Tensor, TensorSpec
 
+DEFAULT_OUTPUT = "output-0"
 TOP = 5
 PREPARED_DATATYPES = ("FP16", "FP32", "FP64", "INT64")  # JSON has one kind of number: whole ones arrive as INT64
 
@@ -36,23 +40,65 @@ class Classifier(Predictor):
             self.card.resize_pixels, self.card.crop_pixels, self.card.interpolation, self.card.mean, self.card.std
         )
         self.row_shape = (3, self.card.crop_pixels, self.card.crop_pixels)
-        self.outputs = (TensorSpec("output-0", "FP32", (-1, min(TOP, len(self.card.labels)))),)
+        self.labels = np.array([label.encode() for label in self.card.labels], object)
+        top = min(TOP, len(self.labels))
+        self.outputs = (
+            TensorSpec(DEFAULT_OUTPUT, "FP32", (-1, top)),
+            TensorSpec("indices", "INT64", (-1, top)),
+            TensorSpec("probabilities", "FP32", (-1, top)),
+            TensorSpec("labels", "BYTES", (-1, top)),
+            TensorSpec("logits", "FP32", (-1, len(self.labels))),
+        )
         self._warm_up()
 
     def preprocess(self, request: Request) -> Rows:
-        """Images or prepared tensors to `pixels`, FP32 [rows, 3, crop, crop]."""
-        tensor = request.input
-        if tensor.datatype == "BYTES":
-            rows = [self._image(tensor.name, row, element) for row, element in enumerate(tensor.array.flat)]
-            return {"pixels": np.stack(rows)}
-        return {"pixels": self._prepared(tensor)}
+        """Images or prepared tensors, of one input or of several in a row, to `pixels`, FP32 [rows, 3, crop, crop]."""
+        if request.instances and len(request.inputs) > 1:
+            raise InvalidInput(f"the model takes one value an instance, not {len(request.inputs)}")
+        return {"pixels": np.concatenate([self._pixels(tensor) for tensor in request.inputs])}
 
     def predict(self, rows: Rows) -> Rows:
         return self.engine.run(rows)
 
     def postprocess(self, predictions: Rows, request: Request) -> Response:
-        logits = predictions["logits"]
-        return Response([Tensor("output-0", -np.sort(-logits, axis=1)[:, :TOP])])
+        """The requested outputs, `output-0` if none is; and, as the tutorial's model, how long it all took."""
+        requested = request.outputs or (RequestedOutput(DEFAULT_OUTPUT),)
+        outputs = [self._output(output, predictions["logits"]) for output in requested]
+        milliseconds = (time.perf_counter() - request.started_at) * 1000
+        return Response(outputs, {"prediction-time-latency": str(round(milliseconds, 9))})
+
+    def _output(self, output: RequestedOutput, logits: NDArray[np.float32]) -> Tensor:
+        classes = output.parameters.get("classification")
+        if classes is not None:
+            return self._classification(output.name, classes, logits)
+        if output.name == "logits":
+            return Tensor(output.name, logits)
+        highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
+        if output.name == "indices":
+            return Tensor(output.name, highest)
+        if output.name == "labels":
+            return Tensor(output.name, self.labels[highest])
+        values = _softmax(logits) if output.name == "probabilities" else logits
+        return Tensor(output.name, np.take_along_axis(values, highest, axis=1))
+
+    def _classification(self, name: str, classes: Any, logits: NDArray[np.float32]) -> Tensor:
+        """Triton's extension: the highest classes of each row as `value:index:label`."""
+        if name in ("indices", "labels"):
+            raise InvalidInput(f"output '{name}' cannot be classified: request {DEFAULT_OUTPUT} or probabilities so")
+        if not isinstance(classes, int) or isinstance(classes, bool) or not 1 <= classes <= len(self.labels):
+            raise InvalidInput(f"output '{name}': classification must be a number from 1 to {len(self.labels)}")
+        values = _softmax(logits) if name == "probabilities" else logits
+        highest = np.argsort(-logits, axis=1, kind="stable")[:, :classes]
+        texts = np.empty(highest.shape, object)
+        for (row, column), index in np.ndenumerate(highest):
+            texts[row, column] = b"%f:%d:%s" % (values[row, index], index, self.labels[index])
+        return Tensor(name, texts)
+
+    def _pixels(self, tensor: Tensor) -> NDArray[np.float32]:
+        if tensor.datatype != "BYTES":
+            return self._prepared(tensor)
+        images = [self._image(tensor.name, row, element) for row, element in enumerate(tensor.array.flat)]
+        return np.array(images, np.float32).reshape(-1, *self.row_shape)
 
     def _warm_up(self) -> None:
         """The first run allocates memory and starts threads, and shows whether the model runs at all."""
@@ -80,3 +126,9 @@ class Classifier(Predictor):
         if not np.isfinite(pixels).all():
             raise InvalidInput(f"input '{tensor.name}' has values that are not finite FP32 numbers")
         return pixels
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return shares

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,17 +71,30 @@ class DataPlane:
     def _prepare(self, decode: Callable[[], Request]) -> tuple[Model, Request, Rows]:
         request = decode()
         model = self.models.get_ready(request.model_name)
-        rows, limit = sum(tensor.rows for tensor in request.inputs), self._settings.max_instances
-        if rows == 0:
+        if request.rows == 0:
             raise InvalidInput("the request has no instances")
-        if rows > limit * max(1, len(model.predictor.inputs)):
-            raise TooLarge(f"{rows} instances exceed max_instances ({limit})")
+        if request.rows > self._settings.max_instances:
+            raise TooLarge(f"{request.rows} instances exceed max_instances ({self._settings.max_instances})")
+        if model.predictor.outputs:
+            _check_outputs(request, {spec.name for spec in model.predictor.outputs})
         request = replace(request, id=request.id or str(uuid.uuid4()))
         return model, request, model.predictor.preprocess(request)
 
     def _answer(self, model: Model, request: Request, predictions: Rows, encode: Callable[[Response], T]) -> T:
         response = model.predictor.postprocess(predictions, request)
-        return encode(replace(response, model_name=model.name, id=request.id))
+        outputs = {tensor.name: tensor for tensor in response.outputs}
+        _check_outputs(request, outputs.keys())
+        chosen = [outputs[output.name] for output in request.outputs] or response.outputs
+        return encode(replace(response, outputs=chosen, model_name=model.name, id=request.id))
+
+
+def _check_outputs(request: Request, offered: Set[str]) -> None:
+    names = [output.name for output in request.outputs]
+    for name in names:
+        if name not in offered:
+            raise InvalidInput(f"Unexpected inference output '{name}' for model '{request.model_name}'")
+    if len(names) != len(set(names)):
+        raise InvalidInput("an output is requested twice")
 
 
 async def _run(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:

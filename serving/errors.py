@@ -63,6 +63,13 @@ class InternalError(ServingError):
         super().__init__("Internal server error")
 
 
+class NotSupported(ServingError):
+    """Part of the protocol that this server, or this model, does not have. Raised by transports."""
+
+    http_status = 501
+    grpc_status = "UNIMPLEMENTED"
+
+
 class ModelNotReady(ServingError):
     """The model exists but would not answer now. Raised by models."""
 

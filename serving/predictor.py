@@ -5,9 +5,10 @@ A predictor of your own is a subclass, named by --predictor module:Class. `servi
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,33 @@ Rows = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """An output that a request names; `parameters` are the protocol's, such as Triton's classification."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One inference request, whichever protocol it came by."""
+    """One inference request, whichever protocol it came by.
+
+    `outputs` is empty where the client leaves the choice to the model. `instances` is their number in a V1 request,
+    whose inputs are columns of the same instances; elsewhere 0. `headers` are HTTP's or gRPC's metadata, in lower
+    case. `started_at` is a time.perf_counter().
+    """
 
     model_name: str
     inputs: tuple[Tensor, ...]
     id: str = ""
+    outputs: tuple[RequestedOutput, ...] = ()
+    instances: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    started_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def rows(self) -> int:
+        return self.instances or sum(tensor.rows for tensor in self.inputs)
 
     @property
     def input(self) -> Tensor:
@@ -39,9 +61,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What the predictor answers; the dataplane adds the name and the id."""
+    """What the predictor answers; the dataplane adds the name and the id, and drops outputs that were not requested.
+
+    `headers` are sent with a REST response.
+    """
 
     outputs: Sequence[Tensor]
+    headers: Mapping[str, str] = field(default_factory=dict)
     model_name: str = ""
     id: str = ""
 

@@ -29,6 +29,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BYTES": np.dtype(object),
 }
 DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()}
+KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
+"""Kinds of numbers that a kind of datatype takes: whole ones are FP32 as well, since JSON does not tell them apart."""
 MOST_DIMENSIONS = 16
 
 
@@ -66,16 +68,16 @@ class Tensor:
 
 
 def tensor_of_values(name: str, datatype: str, shape: Iterable[int], values: Sequence[Any]) -> Tensor:
-    """From values in row-major order, one a number or one a BYTES element. Raises InvalidInput."""
+    """From values in row-major order: elements of BYTES, or numbers, flat or in lists as deep as the shape.
+
+    Raises InvalidInput.
+    """
     dtype = _dtype(name, datatype)
     if datatype == "BYTES":
         array = np.empty(len(values), object)
         array[:] = values
     else:
-        array = np.asarray(values)
-        if array.size and dtype.kind in "iu" and not _fits(array, dtype):
-            raise InvalidInput(f"input '{name}': a value lies outside {datatype}")
-        array = array.astype(dtype, copy=False)
+        array = _numbers(name, datatype, dtype, values)
     return Tensor(name, _shaped(name, array, shape))
 
 
@@ -120,6 +122,24 @@ def _dtype(name: str, datatype: str) -> np.dtype[Any]:
         return DTYPES[datatype]
     except KeyError:
         raise InvalidInput(f"input '{name}': its datatype is none of {', '.join(DTYPES)}") from None
+
+
+def _numbers(name: str, datatype: str, dtype: np.dtype[Any], values: Sequence[Any]) -> NDArray[Any]:
+    try:
+        # Alone, numpy makes floats of small and huge whole numbers side by side.
+        huge = dtype == np.uint64 and isinstance(values, list) and all(type(value) is int for value in values)
+        given = np.asarray(values, np.uint64 if huge else None).reshape(-1)
+    except (ValueError, OverflowError):  # ragged, or an integer beyond 64 bits
+        raise InvalidInput(f"input '{name}': its values are not {datatype} in lists of one shape") from None
+    if given.dtype == dtype or given.size == 0:
+        return given.astype(dtype, copy=False)
+    if given.dtype.kind not in KINDS[dtype.kind]:
+        raise InvalidInput(f"input '{name}': its values are not {datatype}")
+    with np.errstate(over="ignore"):
+        array = given.astype(dtype, copy=False)
+    if not (_fits(given, dtype) if dtype.kind in "iu" else np.array_equal(np.isinf(array), np.isinf(given))):
+        raise InvalidInput(f"input '{name}': a value lies outside {datatype}")
+    return array
 
 
 def _fits(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:

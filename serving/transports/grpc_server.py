@@ -59,7 +59,7 @@ class GrpcServer:
 def _handler(method: Method) -> Any:
     async def answer(message: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:
-            return await method(message)
+            return await method(message, _headers(context))
         except ServingError as error:
             failure = error
         except Exception:
@@ -70,3 +70,8 @@ def _handler(method: Method) -> Any:
 
     # No deserializer: grpc would answer what it raises with UNKNOWN and its text.
     return grpc.unary_unary_rpc_method_handler(answer)
+
+
+def _headers(context: grpc.aio.ServicerContext[bytes, bytes]) -> dict[str, str]:
+    """The call's metadata without binary entries."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

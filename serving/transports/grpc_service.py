@@ -1,8 +1,8 @@
-"""KServe's gRPC service, message bytes in and message bytes out, whichever server carries them."""
+"""KServe's gRPC service, message bytes and metadata in and message bytes out, whichever server carries them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import betterproto2
@@ -12,12 +12,13 @@ from proto.generated import inference as pb
 from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import InvalidInput
-from serving.predictor import Request, Response
+from serving.predictor import Request, RequestedOutput, Response
 from serving.tensors import Tensor, TensorSpec, raw_of_tensor, tensor_of_raw, tensor_of_values
 
 SERVICE = "inference.GRPCInferenceService"
+EXTENSIONS = ["classification"]
 
-Method = Callable[[bytes], Awaitable[bytes]]
+Method = Callable[[bytes, Mapping[str, str]], Awaitable[bytes]]
 M = TypeVar("M", bound=betterproto2.Message)
 
 # The field of InferTensorContents that carries a datatype. FP16 has none: it travels raw.
@@ -51,23 +52,23 @@ class InferenceService:
             "ModelInfer": self._model_infer,
         }
 
-    async def _server_live(self, message: bytes) -> bytes:
+    async def _server_live(self, message: bytes, _: Mapping[str, str]) -> bytes:
         _parse(pb.ServerLiveRequest, message)
         return bytes(pb.ServerLiveResponse(live=True))
 
-    async def _server_ready(self, message: bytes) -> bytes:
+    async def _server_ready(self, message: bytes, _: Mapping[str, str]) -> bytes:
         _parse(pb.ServerReadyRequest, message)
         return bytes(pb.ServerReadyResponse(ready=self._dataplane.ready))
 
-    async def _model_ready(self, message: bytes) -> bytes:
+    async def _model_ready(self, message: bytes, _: Mapping[str, str]) -> bytes:
         model = self._dataplane.models.get(_parse(pb.ModelReadyRequest, message).name)
         return bytes(pb.ModelReadyResponse(ready=model.ready))
 
-    async def _server_metadata(self, message: bytes) -> bytes:
+    async def _server_metadata(self, message: bytes, _: Mapping[str, str]) -> bytes:
         _parse(pb.ServerMetadataRequest, message)
-        return bytes(pb.ServerMetadataResponse(name=NAME, version=__version__))
+        return bytes(pb.ServerMetadataResponse(name=NAME, version=__version__, extensions=EXTENSIONS))
 
-    async def _model_metadata(self, message: bytes) -> bytes:
+    async def _model_metadata(self, message: bytes, _: Mapping[str, str]) -> bytes:
         model = self._dataplane.models.get(_parse(pb.ModelMetadataRequest, message).name)
         predictor = model.predictor
         return bytes(
@@ -80,16 +81,17 @@ class InferenceService:
             )
         )
 
-    async def _model_infer(self, message: bytes) -> bytes:
-        exchange = _Exchange(message)
+    async def _model_infer(self, message: bytes, metadata: Mapping[str, str]) -> bytes:
+        exchange = _Exchange(message, metadata)
         return await self._dataplane.infer(exchange.decode, exchange.encode)
 
 
 class _Exchange:
     """One ModelInfer: the response is typed or raw as the request was, which KServe's clients rely on."""
 
-    def __init__(self, message: bytes) -> None:
+    def __init__(self, message: bytes, metadata: Mapping[str, str]) -> None:
         self._message = message
+        self._metadata = metadata
         self._raw = False
 
     def decode(self) -> Request:
@@ -106,7 +108,8 @@ class _Exchange:
             )
         else:
             inputs = [_raw(tensor, raw) for tensor, raw in zip(message.inputs, raw_contents, strict=True)]
-        return Request(message.model_name, tuple(inputs), message.id)
+        outputs = tuple(_requested(output) for output in message.outputs)
+        return Request(message.model_name, tuple(inputs), message.id, outputs, headers=self._metadata)
 
     def encode(self, response: Response) -> bytes:
         message = pb.ModelInferResponse(model_name=response.model_name, id=response.id)
@@ -147,6 +150,17 @@ def _raw(tensor: pb.ModelInferRequestInferInputTensor, raw: bytes) -> Tensor:
             f"contents field must not be specified when using raw_input_contents for input '{tensor.name}'"
         )
     return tensor_of_raw(tensor.name, tensor.datatype, tensor.shape, raw)
+
+
+def _requested(output: pb.ModelInferRequestInferRequestedOutputTensor) -> RequestedOutput:
+    return RequestedOutput(output.name, {name: _value(parameter) for name, parameter in output.parameters.items()})
+
+
+def _value(parameter: pb.InferParameter) -> bool | int | str | None:
+    return next(
+        (value for value in (parameter.bool_param, parameter.int64_param, parameter.string_param) if value is not None),
+        None,
+    )
 
 
 def _specification(spec: TensorSpec) -> pb.ModelMetadataResponseTensorMetadata:

@@ -1,15 +1,39 @@
-"""JSON bodies, in and out."""
+"""JSON bodies, in and out, and what counts as one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
-from serving.errors import InvalidInput, ServingError
+from serving.errors import InvalidInput, ServingError, UnsupportedMediaType
 
 RETRY_AFTER_SECONDS = 1
+
+# The form type is what `curl -d` sends, none at all what KServe's batcher sends: both mean JSON.
+JSON_TYPES = {
+    "",
+    "application/json",
+    "application/ld+json",
+    "application/octet-stream",
+    "application/x-www-form-urlencoded",
+    "text/plain",
+}
+
+
+def body_type(headers: Mapping[str, str], images: bool = False) -> str:
+    """`json`, or `image` where those are welcome. Raises UnsupportedMediaType."""
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body must not be compressed: send it without Content-Encoding")
+    if content_type in JSON_TYPES:
+        return "json"
+    if images and content_type.startswith("image/"):
+        return "image"
+    or_an_image = ", or an image as image/*" if images else ""
+    raise UnsupportedMediaType(f"the body must be application/json{or_an_image}: see Content-Type")
 
 
 def parse_json(body: bytes) -> Any:
@@ -20,17 +44,21 @@ def parse_json(body: bytes) -> Any:
         raise InvalidInput(f"Unrecognized request format: {error}") from None
 
 
-def json_response(content: Any, status: int = 200) -> Response:
-    return body_response(orjson.dumps(content), status)
+def dump_json(content: Any) -> bytes:
+    """Compact; elements of BYTES tensors are text in it, such as labels."""
+    return orjson.dumps(content, default=_text)
 
 
-def body_response(body: bytes, status: int = 200) -> Response:
-    """A body that is JSON already."""
-    return Response(body, status, media_type="application/json")
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dump_json(content), status, headers, media_type="application/json")
 
 
 def error_response(error: ServingError) -> Response:
-    response = json_response({"error": str(error)}, error.http_status)
-    if error.retry:
-        response.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
-    return response
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if error.retry else None
+    return json_response({"error": str(error)}, error.http_status, headers)
+
+
+def _text(element: Any) -> str:
+    if isinstance(element, bytes):
+        return element.decode(errors="replace")
+    raise TypeError(f"{type(element).__name__} cannot be written as JSON")

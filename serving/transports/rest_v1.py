@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import orjson
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from serving.dataplane import DataPlane
-from serving.errors import InvalidInput, UnsupportedMediaType
+from serving.errors import InvalidInput, NotSupported
 from serving.image import from_base64
-from serving.predictor import Request, Response
+from serving.predictor import Request, RequestedOutput, Response
 from serving.tensors import Tensor, tensor_of_lists, tensor_of_values
-from serving.transports.rest_json import body_response, json_response, parse_json
+from serving.transports.rest_json import body_type, json_response, parse_json
 
-# The form type is what `curl -d` sends, none at all what KServe's batcher sends: both mean JSON.
-JSON_TYPES = {
-    "",
-    "application/json",
-    "application/ld+json",
-    "application/octet-stream",
-    "application/x-www-form-urlencoded",
-    "text/plain",
-}
+CLASSIFICATION = tuple(RequestedOutput(name) for name in ("labels", "indices", "probabilities", "output-0"))
+CLASSIFICATION_KEYS = ("label", "index", "probability", "logit")
+SIGNATURES = {"serving_default": (), "predict": (), "classification": CLASSIFICATION}
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
@@ -40,34 +33,47 @@ def routes(dataplane: DataPlane) -> list[Route]:
     async def predict(request: HttpRequest) -> HttpResponse:
         name = request.path_params["model"]
         dataplane.models.get_ready(name)
-        decode = _decoder(request)
+        decode = DECODERS[body_type(request.headers, images=True)]
         body = await request.body()
-        return body_response(await dataplane.infer(partial(decode, name, body), encode_predictions))
+        exchange = _Exchange(partial(decode, name, dict(request.headers), body))
+        return await dataplane.infer(exchange.decode, exchange.encode)
+
+    async def explain(request: HttpRequest) -> HttpResponse:
+        dataplane.models.get_ready(request.path_params["model"])
+        raise NotSupported("Could not find explainer_host.")  # KServe's words for a model without an explainer
 
     return [
         Route("/v1/models", models),
         Route("/v1/models/{model}:predict", predict, methods=["POST"]),
+        Route("/v1/models/{model}:explain", explain, methods=["POST"]),
         Route("/v1/models/{model}", model),
     ]
 
 
-def _decoder(request: HttpRequest) -> Callable[[str, bytes], Request]:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("the body must not be compressed: send it without Content-Encoding")
-    if content_type.startswith("image/"):
-        return decode_image
-    if content_type in JSON_TYPES:
-        return decode_instances
-    raise UnsupportedMediaType("the body must be application/json, or an image as image/*: see Content-Type")
+class _Exchange:
+    """One prediction: the form of the answer follows from the request."""
+
+    def __init__(self, decode: Callable[[], Request]) -> None:
+        self._decode = decode
+        self._classification = False
+
+    def decode(self) -> Request:
+        request = self._decode()
+        self._classification = request.outputs == CLASSIFICATION
+        return request
+
+    def encode(self, response: Response) -> HttpResponse:
+        rows = _classes(response) if self._classification else _rows(response)
+        return json_response({"predictions": rows}, headers=response.headers)
 
 
-def decode_image(model_name: str, body: bytes) -> Request:
+def decode_image(model_name: str, headers: Mapping[str, str], body: bytes) -> Request:
     """A body that is one encoded image."""
-    return Request(model_name, (tensor_of_values("image", "BYTES", [1], [body]),))
+    image = tensor_of_values("image", "BYTES", [1], [body])
+    return Request(model_name, (image,), instances=1, headers=headers)
 
 
-def decode_instances(model_name: str, body: bytes) -> Request:
+def decode_instances(model_name: str, headers: Mapping[str, str], body: bytes) -> Request:
     """TF Serving's row format, from which V1 comes: instances are values, or objects that all have the same keys.
 
     Each key becomes one input with a row an instance; `{"b64": …}` and strings become BYTES. Raises InvalidInput.
@@ -82,17 +88,38 @@ def decode_instances(model_name: str, body: bytes) -> Request:
         raise InvalidInput('Expected "instances" to be a list')
     if not instances:
         raise InvalidInput('"instances" is empty')
-    return Request(model_name, tuple(_inputs(instances)))
+    signature = payload.get("signature_name", "serving_default")
+    if not isinstance(signature, str) or signature not in SIGNATURES:
+        raise InvalidInput(f'"signature_name" must be one of {", ".join(SIGNATURES)}')
+    return Request(
+        model_name,
+        tuple(_inputs(instances)),
+        outputs=SIGNATURES[signature],
+        instances=len(instances),
+        headers=headers,
+    )
 
 
-def encode_predictions(response: Response) -> bytes:
+DECODERS = {"json": decode_instances, "image": decode_image}
+
+
+def _rows(response: Response) -> list[Any]:
     """A row an instance: the row itself where the model has one output, else an object of its outputs."""
     columns = [tensor.array.tolist() for tensor in response.outputs]
     names = [tensor.name for tensor in response.outputs]
-    rows = (
-        columns[0] if len(columns) == 1 else [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-    )
-    return orjson.dumps({"predictions": rows}, default=_text)
+    if len(columns) == 1:
+        rows: list[Any] = columns[0]
+        return rows
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _classes(response: Response) -> list[Any]:
+    """A list an instance of the classes found, as TF Serving's classification gives them."""
+    columns = [tensor.array.tolist() for tensor in response.outputs]
+    return [
+        [dict(zip(CLASSIFICATION_KEYS, found, strict=True)) for found in zip(*row, strict=True)]
+        for row in zip(*columns, strict=True)
+    ]
 
 
 def _inputs(instances: list[Any]) -> list[Tensor]:
@@ -123,8 +150,3 @@ def _value(value: Any, path: str) -> Any:
         return from_base64(encoded)
     except InvalidInput as error:
         raise InvalidInput(f"{path}.b64: {error}") from None
-
-
-def _text(element: Any) -> str:
-    """Elements of BYTES outputs are text, such as labels."""
-    return bytes(element).decode(errors="replace")

@@ -8,12 +8,24 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
+from serving import NAME, __version__
 from serving.dataplane import DataPlane
+from serving.errors import NotSupported
+from serving.predictor import Response
 from serving.tensors import TensorSpec
-from serving.transports.rest_json import json_response
+from serving.transports.rest_json import body_type, json_response
+from serving.transports.rest_v2_codec import LENGTH_HEADER, InferExchange
+
+EXTENSIONS = ("binary_tensor_data", "classification")
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
+    async def server(_: HttpRequest) -> HttpResponse:
+        return json_response({"name": NAME, "version": __version__, "extensions": EXTENSIONS})
+
+    async def models(_: HttpRequest) -> HttpResponse:
+        return json_response({"models": dataplane.models.names})
+
     async def metadata(request: HttpRequest) -> HttpResponse:
         model = dataplane.models.get(request.path_params["model"])
         content: dict[str, Any] = {
@@ -27,7 +39,36 @@ def routes(dataplane: DataPlane) -> list[Route]:
             content["warning"] = model.predictor.warning
         return json_response(content)
 
-    return [Route("/v2/models/{model}", metadata)]
+    async def ready(request: HttpRequest) -> HttpResponse:
+        model = dataplane.models.get_ready(request.path_params["model"])
+        return json_response({"name": model.name, "ready": True})
+
+    async def infer(request: HttpRequest) -> HttpResponse:
+        name = request.path_params["model"]
+        dataplane.models.get_ready(name)
+        if LENGTH_HEADER not in request.headers:
+            body_type(request.headers)  # JSON, or refused; with that header it is what the header says
+        exchange = InferExchange(name, dict(request.headers), await request.body())
+
+        def encode(response: Response) -> HttpResponse:
+            body, headers = exchange.encode(response)
+            return HttpResponse(body, headers={**response.headers, **headers})
+
+        return await dataplane.infer(exchange.decode, encode)
+
+    async def version(_: HttpRequest) -> HttpResponse:
+        raise NotSupported("Model versioning not supported yet.")
+
+    return [
+        Route("/v2", server),
+        Route("/v2/models", models),
+        Route("/v2/models/{model}", metadata),
+        Route("/v2/models/{model}/ready", ready),
+        Route("/v2/models/{model}/infer", infer, methods=["POST"]),
+        Route("/v2/models/{model}/versions/{version}", version),
+        Route("/v2/models/{model}/versions/{version}/ready", version),
+        Route("/v2/models/{model}/versions/{version}/infer", version, methods=["POST"]),
+    ]
 
 
 def _specification(spec: TensorSpec) -> dict[str, Any]:
