@@ -109,11 +109,13 @@ def test_a_bad_image_is_named_by_its_row(classifier: Classifier) -> None:
         classifier.preprocess(images(CAT, b"no image", CAT))
 
 
-def test_two_inputs_are_refused(classifier: Classifier) -> None:
-    (image,) = images(CAT).inputs
+def test_several_inputs_are_rows_one_after_the_other(classifier: Classifier) -> None:
+    inputs = images(CAT).inputs + images(MODES["JPEG"], MODES["BMP"]).inputs
 
-    with pytest.raises(InvalidInput, match=r"^the model takes one input, not 2$"):
-        classifier.preprocess(Request("alexnet", (image, image)))
+    rows = classifier.preprocess(Request("alexnet", inputs))["pixels"]
+
+    together = classifier.preprocess(images(CAT, MODES["JPEG"], MODES["BMP"]))["pixels"]
+    np.testing.assert_array_equal(rows, together)
 
 
 def identity_model(folder: Path, properties: dict[str, str]) -> None:

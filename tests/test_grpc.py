@@ -109,6 +109,47 @@ def test_a_prepared_batch_of_four_is_answered_in_the_style_of_its_request(
     np.testing.assert_allclose(values.reshape(4, 5), rest_answer(server, *pictures), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_outputs_come_as_requested(
+    raw: bool, channel: grpc.Channel, google: ModuleType, server: Server, original: Source
+) -> None:
+    request = tensor_request(google, torchvisions_pixels(original, CAT)[None], raw)
+    for name in ("labels", "indices", "logits"):
+        request.outputs.add(name=name)
+    request.outputs.add(name="output-0").parameters["classification"].int64_param = 1
+
+    answer = grpc_call(channel, google, "ModelInfer", request)
+
+    assert [(one.name, one.datatype, list(one.shape)) for one in answer.outputs] == [
+        ("labels", "BYTES", [1, 5]),
+        ("indices", "INT64", [1, 5]),
+        ("logits", "FP32", [1, 1000]),
+        ("output-0", "BYTES", [1, 1]),
+    ]
+    if raw:
+        indices = np.frombuffer(answer.raw_output_contents[1], "<i8").tolist()
+        labels = answer.raw_output_contents[0]
+        assert labels == b"".join(len(one).to_bytes(4, "little") + one for one in labels_of(original, indices))
+    else:
+        indices = list(answer.outputs[1].contents.int64_contents)
+        assert list(answer.outputs[0].contents.bytes_contents) == labels_of(original, indices)
+        (found,) = answer.outputs[3].contents.bytes_contents
+        assert found.decode().endswith(f":{indices[0]}:{original.labels[indices[0]]}")
+
+
+def labels_of(original: Source, indices: list[int]) -> list[bytes]:
+    return [original.labels[index].encode() for index in indices]
+
+
+def test_an_output_that_is_none_of_the_models_is_refused(channel: grpc.Channel, google: ModuleType) -> None:
+    request = image_request(google, CAT)
+    request.outputs.add(name="foo")
+
+    status = error_of(channel, google, "ModelInfer", request)
+
+    assert status == ("INVALID_ARGUMENT", "Unexpected inference output 'foo' for model 'custom-model'")
+
+
 def test_the_id_is_the_clients_or_a_new_one(channel: grpc.Channel, google: ModuleType) -> None:
     assert grpc_call(channel, google, "ModelInfer", image_request(google, CAT, id="mine")).id == "mine"
     assert len(grpc_call(channel, google, "ModelInfer", image_request(google, CAT)).id) == 36
@@ -164,7 +205,7 @@ def test_server_and_model_say_that_they_live_and_are_ready(channel: grpc.Channel
 def test_the_servers_metadata_has_its_version(channel: grpc.Channel, google: ModuleType) -> None:
     answer = grpc_call(channel, google, "ServerMetadata", google.ServerMetadataRequest())
 
-    assert (answer.name, answer.version, list(answer.extensions)) == ("serving", __version__, [])
+    assert (answer.name, answer.version, list(answer.extensions)) == ("serving", __version__, ["classification"])
 
 
 def test_the_models_metadata_has_its_tensors_and_warns_of_seeded_weights(
@@ -172,9 +213,14 @@ def test_the_models_metadata_has_its_tensors_and_warns_of_seeded_weights(
 ) -> None:
     answer = grpc_call(channel, google, "ModelMetadata", google.ModelMetadataRequest(name="custom-model"))
 
-    (taken,), (given,) = answer.inputs, answer.outputs
-    assert (taken.name, taken.datatype, list(taken.shape)) == ("input-0", "BYTES", [-1])
-    assert (given.name, given.datatype, list(given.shape)) == ("output-0", "FP32", [-1, 5])
+    assert [(one.name, one.datatype, list(one.shape)) for one in answer.inputs] == [("input-0", "BYTES", [-1])]
+    assert [(one.name, one.datatype, list(one.shape)) for one in answer.outputs] == [
+        ("output-0", "FP32", [-1, 5]),
+        ("indices", "INT64", [-1, 5]),
+        ("probabilities", "FP32", [-1, 5]),
+        ("labels", "BYTES", [-1, 5]),
+        ("logits", "FP32", [-1, 1000]),
+    ]
     assert answer.platform.startswith("onnxruntime_onnx; UNTRAINED WEIGHTS (seeded:0)")
 
 

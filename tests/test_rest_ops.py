@@ -35,7 +35,13 @@ def test_the_metadata_of_a_seeded_model_warns(server: Server) -> None:
         "versions": None,
         "platform": "onnxruntime_onnx",
         "inputs": [{"name": "input-0", "datatype": "BYTES", "shape": [-1]}],
-        "outputs": [{"name": "output-0", "datatype": "FP32", "shape": [-1, 5]}],
+        "outputs": [
+            {"name": "output-0", "datatype": "FP32", "shape": [-1, 5]},
+            {"name": "indices", "datatype": "INT64", "shape": [-1, 5]},
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, 5]},
+            {"name": "labels", "datatype": "BYTES", "shape": [-1, 5]},
+            {"name": "logits", "datatype": "FP32", "shape": [-1, 1000]},
+        ],
         "warning": "UNTRAINED WEIGHTS (seeded:0): the answers are meaningless, for tests and benchmarks only",
     }
 

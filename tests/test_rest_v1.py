@@ -183,7 +183,7 @@ def b64(data: bytes) -> str:
             "instances[1] must be an object with the same keys as insta",
         ),
         ('{"instances": [{"image": "a"}, 7]}', "instances[1] must be an object with the same keys as instances[0]"),
-        ('{"instances": [{"image": "a", "mask": "b"}]}', "the model takes one input, not 2"),
+        ('{"instances": [{"image": "a", "mask": "b"}]}', "the model takes one value an instance, not 2"),
         ('{"instances": [{"data": [[1, 2], [3]]}]}', "'data': the instances are not numbers in lists of one shape"),
         ('{"instances": [{"data": [["a"]]}]}', "'data': the instances are not all numbers, or not all of one kind"),
         (
@@ -236,6 +236,42 @@ def test_an_image_of_too_many_pixels_is_413_and_named(model_dir: Path) -> None:
 
     assert response.status_code == 413
     assert response.json()["error"] == "input 'image', row 1: an image of 451 × 300 exceeds max_image_pixels (135299)"
+
+
+def test_a_classification_has_labels_probabilities_and_logits(server: Server, original: Source) -> None:
+    request = json.loads(v1_request(CAT, MODES["JPEG"])) | {"signature_name": "classification"}
+
+    predictions = server.predict(json.dumps(request)).json()["predictions"]
+
+    logits = server.predict(v1_request(CAT, MODES["JPEG"])).json()["predictions"]
+    assert [[found["logit"] for found in row] for row in predictions] == logits
+    for found in predictions[0]:
+        assert found.keys() == {"label", "index", "probability", "logit"}
+        assert found["label"] == original.labels[found["index"]]
+    shares = [found["probability"] for found in predictions[0]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 1
+
+
+@pytest.mark.parametrize("signature", ["serving_default", "predict"])
+def test_the_default_signature_may_be_named(signature: str, server: Server) -> None:
+    request = json.loads(v1_request(CAT)) | {"signature_name": signature}
+
+    assert server.predict(json.dumps(request)).json() == server.predict(v1_request(CAT)).json()
+
+
+@pytest.mark.parametrize("signature", ["regression", "", 5, ["classification"], None])
+def test_another_signature_is_refused(signature: Any, server: Server) -> None:
+    response = server.predict(json.dumps(json.loads(v1_request(CAT)) | {"signature_name": signature}))
+
+    error = '"signature_name" must be one of serving_default, predict, classification'
+    assert (response.status_code, response.json()) == (400, {"error": error})
+
+
+def test_a_model_without_an_explainer_cannot_explain(server: Server) -> None:
+    response = server.post("/v1/models/custom-model:explain", v1_request(CAT))
+
+    assert (response.status_code, response.json()) == (501, {"error": "Could not find explainer_host."})
 
 
 @pytest.mark.parametrize(
