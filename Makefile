@@ -20,7 +20,7 @@ help:
 	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32 OUT=model"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make proto   generate proto/generated from proto/grpc_predict_v2.proto"
+	@echo "make proto   generate proto/generated from the .proto files"
 	@echo "make clean   remove the environments and the exported model"
 
 run: $(VENV)/.runtime model/model.onnx
@@ -41,10 +41,8 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 proto: $(VENV)/.dev
-	rm -rf proto/generated && mkdir proto/generated
-	PATH=$(CURDIR)/$(VENV)/bin:$$PATH python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto/generated \
-		--python_betterproto2_opt=client_generation=none --python_betterproto2_opt=server_generation=none \
-		proto/grpc_predict_v2.proto
+	rm -rf proto/generated
+	$(VENV)/bin/python -m proto.generate
 
 clean:
 	rm -rf $(VENV) .venv-kserve model .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -33,7 +33,7 @@ class DataPlane:
     def __init__(self, models: Models, settings: Settings) -> None:
         self.models = models
         self.under_way = 0
-        self.draining = False
+        self.draining = asyncio.Event()
         self._settings = settings
         self._workers = ThreadPoolExecutor(settings.threads or available_cpus(), "worker")
         self._engine = ThreadPoolExecutor(1, "engine")
@@ -41,7 +41,7 @@ class DataPlane:
     @property
     def ready(self) -> bool:
         """Whether an inference would be answered now."""
-        return self.models.ready and not self.draining
+        return self.models.ready and not self.draining.is_set()
 
     async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T]) -> T:
         """Answer one request; `decode` and `encode` are the transport's, called on a worker thread.

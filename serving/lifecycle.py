@@ -15,6 +15,9 @@ from serving.dataplane import DataPlane
 from serving.errors import DrainCut
 from serving.models import Models, make_model
 from serving.settings import Settings
+from serving.transports.grpc_health import HealthService
+from serving.transports.grpc_messages import Service
+from serving.transports.grpc_reflection import ReflectionService
 from serving.transports.grpc_server import GrpcServer
 from serving.transports.grpc_service import InferenceService
 from serving.transports.http_app import make_http_app
@@ -43,7 +46,10 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    grpc = GrpcServer(InferenceService(dataplane), settings)
+    services: list[Service] = [InferenceService(dataplane), HealthService(dataplane)]
+    if settings.enable_grpc_reflection:
+        services.append(ReflectionService())
+    grpc = GrpcServer(services, settings)
     await grpc.start()
     http.listen()
     logger.info(
@@ -59,7 +65,7 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
             tasks.create_task(grpc.serve(stop)),
         ]
         await stop.wait()
-        dataplane.draining = True
+        dataplane.draining.set()
         logger.info("stopping: %d requests to answer", dataplane.under_way)
         _, late = await asyncio.wait(listeners, timeout=settings.grace_period_seconds)
         unanswered = dataplane.under_way  # counted before the cancellation counts them out

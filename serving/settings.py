@@ -18,6 +18,9 @@ from serving.errors import BadSetting
 
 ENVIRONMENT_PREFIX = "SERVING_"  # bare names would clash: Kubernetes sets HTTP_PORT=tcp://… for a service named http
 MIB = 1024 * 1024
+BOOLEANS = dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True) | dict.fromkeys(
+    ("n", "no", "f", "false", "off", "0"), False
+)  # as KServe's flags take them
 
 Check = Callable[[Any], str | None]
 
@@ -62,6 +65,9 @@ class Settings:
     host: str = _setting("", "address to listen on; empty means every interface, IPv4 and IPv6")
     http_port: int = _setting(8080, "port of REST; 0 takes a free one; PORT in the environment is the default", _port)
     grpc_port: int = _setting(8081, "port of gRPC; 0 takes a free one", _port)
+    enable_grpc_reflection: bool = _setting(
+        False, "true or false; with it grpcurl and its like need no .proto files, and anybody may list the methods"
+    )
     device: str = _setting(
         "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",
         _one_of("auto", "cpu", "cuda"),
@@ -95,6 +101,11 @@ class Settings:
 
 def environment_variable(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
+
+
+def default_text(default: Any) -> str:
+    """A default as one would write it in a flag."""
+    return str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
@@ -135,6 +146,10 @@ def _source(name: str, given: Mapping[str, str], environment: Mapping[str, str])
 
 
 def _convert(source: str, text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise BadSetting(f"{source} must be true or false, not {text}")
+        return BOOLEANS[text.lower()]
     if kind is not int:
         return Path(text) if kind == Path | None else text
     try:
@@ -159,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     for entry in fields(Settings):
         spellings = dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"])
-        default = "" if entry.default in (None, "") else f"default {entry.default}, "
+        default = "" if entry.default in (None, "") else f"default {default_text(entry.default)}, "
         parser.add_argument(
             *spellings,
             dest=entry.name,

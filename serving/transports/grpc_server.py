@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before the import: its C core would log beside us
@@ -14,9 +15,11 @@ import grpc.aio
 
 from serving.errors import InternalError, PortInUse, ServingError
 from serving.settings import Settings
-from serving.transports.grpc_service import SERVICE, InferenceService, Method
+from serving.transports.grpc_messages import Service, Stream, Unary
 
 logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 
@@ -24,9 +27,9 @@ NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 class GrpcServer:
     """One listener; every method answers its errors with the status that their class declares."""
 
-    def __init__(self, service: InferenceService, settings: Settings) -> None:
+    def __init__(self, services: Sequence[Service], settings: Settings) -> None:
         self._settings = settings
-        self._service = service
+        self._services = services
         self.port = settings.grpc_port
 
     async def start(self) -> None:
@@ -38,8 +41,11 @@ class GrpcServer:
             ("grpc.so_reuseport", 0),  # else a second server shares the port, unnoticed
         ]
         self._server = grpc.aio.server(options=options)
-        handlers = {name: _handler(method) for name, method in self._service.methods.items()}
-        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+        for service in self._services:
+            handlers = {name: _unary(method) for name, method in service.unary.items()}
+            handlers |= {name: _stream(method) for name, method in service.streams.items()}
+            generic = [grpc.method_handlers_generic_handler(name, handlers) for name in service.names]
+            self._server.add_generic_rpc_handlers(generic)
         host = settings.host or "::"
         address = f"[{host}]:{settings.grpc_port}" if ":" in host else f"{host}:{settings.grpc_port}"
         try:
@@ -56,22 +62,38 @@ class GrpcServer:
         await self._server.stop(NEVER)
 
 
-def _handler(method: Method) -> Any:
-    async def answer(message: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+def _unary(method: Unary) -> Any:
+    async def answer(message: bytes, context: Context) -> bytes:
         try:
-            return await method(message, _headers(context))
-        except ServingError as error:
+            return await method(message, _metadata(context))
+        except Exception as error:
             failure = error
-        except Exception:
-            logger.exception("a gRPC call failed")
-            failure = InternalError()
-        await context.abort(grpc.StatusCode[failure.grpc_status], str(failure))
-        raise failure  # not reached: abort raises
+        return await context.abort(*_status(failure))
 
     # No deserializer: grpc would answer what it raises with UNKNOWN and its text.
     return grpc.unary_unary_rpc_method_handler(answer)
 
 
-def _headers(context: grpc.aio.ServicerContext[bytes, bytes]) -> dict[str, str]:
+def _stream(method: Stream) -> Any:
+    """Also for methods of one request: on the wire they are streams as well."""
+
+    async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        try:
+            async for message in method(messages, _metadata(context)):
+                yield message
+        except Exception as error:
+            await context.abort(*_status(error))
+
+    return grpc.stream_stream_rpc_method_handler(answer)
+
+
+def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
+    if not isinstance(error, ServingError):
+        logger.error("a gRPC call failed", exc_info=error)
+        error = InternalError()
+    return grpc.StatusCode[error.grpc_status], str(error)
+
+
+def _metadata(context: Context) -> dict[str, str]:
     """The call's metadata without binary entries."""
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TypeVar
-
-import betterproto2
-
-from proto import wire
 from proto.generated import inference as pb
 from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import InvalidInput
 from serving.predictor import Request, RequestedOutput, Response
 from serving.tensors import Tensor, TensorSpec, raw_of_tensor, tensor_of_raw, tensor_of_values
+from serving.transports.grpc_messages import Metadata, Service, parse
 
 SERVICE = "inference.GRPCInferenceService"
 EXTENSIONS = ["classification"]
 
-Method = Callable[[bytes, Mapping[str, str]], Awaitable[bytes]]
-M = TypeVar("M", bound=betterproto2.Message)
 
 # The field of InferTensorContents that carries a datatype. FP16 has none: it travels raw.
 CONTENTS = {
@@ -38,12 +31,15 @@ CONTENTS = {
 }
 
 
-class InferenceService:
-    """The methods by name; each raises ServingError."""
+class InferenceService(Service):
+    """The six methods of the Open Inference Protocol."""
+
+    names = (SERVICE,)
 
     def __init__(self, dataplane: DataPlane) -> None:
         self._dataplane = dataplane
-        self.methods: dict[str, Method] = {
+        self.streams = {}
+        self.unary = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
             "ModelReady": self._model_ready,
@@ -52,24 +48,24 @@ class InferenceService:
             "ModelInfer": self._model_infer,
         }
 
-    async def _server_live(self, message: bytes, _: Mapping[str, str]) -> bytes:
-        _parse(pb.ServerLiveRequest, message)
+    async def _server_live(self, message: bytes, _: Metadata) -> bytes:
+        parse(pb.ServerLiveRequest, message)
         return bytes(pb.ServerLiveResponse(live=True))
 
-    async def _server_ready(self, message: bytes, _: Mapping[str, str]) -> bytes:
-        _parse(pb.ServerReadyRequest, message)
+    async def _server_ready(self, message: bytes, _: Metadata) -> bytes:
+        parse(pb.ServerReadyRequest, message)
         return bytes(pb.ServerReadyResponse(ready=self._dataplane.ready))
 
-    async def _model_ready(self, message: bytes, _: Mapping[str, str]) -> bytes:
-        model = self._dataplane.models.get(_parse(pb.ModelReadyRequest, message).name)
+    async def _model_ready(self, message: bytes, _: Metadata) -> bytes:
+        model = self._dataplane.models.get(parse(pb.ModelReadyRequest, message).name)
         return bytes(pb.ModelReadyResponse(ready=model.ready))
 
-    async def _server_metadata(self, message: bytes, _: Mapping[str, str]) -> bytes:
-        _parse(pb.ServerMetadataRequest, message)
+    async def _server_metadata(self, message: bytes, _: Metadata) -> bytes:
+        parse(pb.ServerMetadataRequest, message)
         return bytes(pb.ServerMetadataResponse(name=NAME, version=__version__, extensions=EXTENSIONS))
 
-    async def _model_metadata(self, message: bytes, _: Mapping[str, str]) -> bytes:
-        model = self._dataplane.models.get(_parse(pb.ModelMetadataRequest, message).name)
+    async def _model_metadata(self, message: bytes, _: Metadata) -> bytes:
+        model = self._dataplane.models.get(parse(pb.ModelMetadataRequest, message).name)
         predictor = model.predictor
         return bytes(
             pb.ModelMetadataResponse(
@@ -81,7 +77,7 @@ class InferenceService:
             )
         )
 
-    async def _model_infer(self, message: bytes, metadata: Mapping[str, str]) -> bytes:
+    async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
         exchange = _Exchange(message, metadata)
         return await self._dataplane.infer(exchange.decode, exchange.encode)
 
@@ -89,14 +85,14 @@ class InferenceService:
 class _Exchange:
     """One ModelInfer: the response is typed or raw as the request was, which KServe's clients rely on."""
 
-    def __init__(self, message: bytes, metadata: Mapping[str, str]) -> None:
+    def __init__(self, message: bytes, metadata: Metadata) -> None:
         self._message = message
         self._metadata = metadata
         self._raw = False
 
     def decode(self) -> Request:
         """Raises InvalidInput."""
-        message = _parse(pb.ModelInferRequest, self._message)
+        message = parse(pb.ModelInferRequest, self._message)
         raw_contents = message.raw_input_contents
         self._raw = bool(raw_contents)
         if not self._raw:
@@ -127,13 +123,6 @@ class _Exchange:
                 output.contents = pb.InferTensorContents(**{CONTENTS[tensor.datatype]: values})
             message.outputs.append(output)
         return bytes(message)
-
-
-def _parse(message_class: type[M], message: bytes) -> M:
-    try:
-        return wire.decode(message_class, message)
-    except wire.DecodeError as error:
-        raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
 
 
 def _typed(tensor: pb.ModelInferRequestInferInputTensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""The standard health service: what Kubernetes' gRPC probes and load balancers ask."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from proto.generated.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse, HealthCheckResponseServingStatus
+from serving.dataplane import DataPlane
+from serving.errors import ModelNotFound
+from serving.transports.grpc_messages import Metadata, Service, parse
+from serving.transports.grpc_service import SERVICE
+
+Status = HealthCheckResponseServingStatus
+
+
+class HealthService(Service):
+    """Knows the whole server, as "" or as the inference service, and each model by its name."""
+
+    names = ("grpc.health.v1.Health",)
+
+    def __init__(self, dataplane: DataPlane) -> None:
+        self._dataplane = dataplane
+        self.unary = {"Check": self._check}
+        self.streams = {"Watch": self._watch}
+
+    async def _check(self, message: bytes, _: Metadata) -> bytes:
+        return self._response(parse(HealthCheckRequest, message).service)
+
+    async def _watch(self, messages: AsyncIterator[bytes], _: Metadata) -> AsyncIterator[bytes]:
+        """Ends when the server stops: a stream that stayed open would keep it from stopping."""
+        service = parse(HealthCheckRequest, await anext(messages, b"")).service
+        try:
+            yield self._response(service)
+        except ModelNotFound:
+            yield bytes(HealthCheckResponse(status=Status.SERVICE_UNKNOWN))
+        await self._dataplane.draining.wait()
+        yield bytes(HealthCheckResponse(status=Status.NOT_SERVING))
+
+    def _response(self, service: str) -> bytes:
+        ready = self._dataplane.ready
+        if service not in ("", SERVICE):
+            ready = self._dataplane.models.get(service).ready and not self._dataplane.draining.is_set()
+        return bytes(HealthCheckResponse(status=Status.SERVING if ready else Status.NOT_SERVING))

@@ -1,0 +1,33 @@
+"""What the gRPC services have in common: the shape of their methods, in bytes, and how they read a message."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import betterproto2
+
+from proto import wire
+from serving.errors import InvalidInput
+
+M = TypeVar("M", bound=betterproto2.Message)
+
+Metadata = Mapping[str, str]
+Unary = Callable[[bytes, Metadata], Awaitable[bytes]]
+Stream = Callable[[AsyncIterator[bytes], Metadata], AsyncIterator[bytes]]
+
+
+class Service:
+    """Methods by name, answered under each of the full service names; they raise ServingError."""
+
+    names: tuple[str, ...]
+    unary: dict[str, Unary]
+    streams: dict[str, Stream]
+
+
+def parse(message_class: type[M], message: bytes) -> M:
+    """Raises InvalidInput."""
+    try:
+        return wire.decode(message_class, message)
+    except wire.DecodeError as error:
+        raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
