@@ -53,8 +53,8 @@ def channel(server: Server) -> Iterator[grpc.Channel]:
 def google(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """google.protobuf's own classes for our .proto: what other people's clients are made of."""
     folder = tmp_path_factory.mktemp("google")
-    command = [sys.executable, "-m", "grpc_tools.protoc", "-Iproto", f"--python_out={folder}"]
-    subprocess.run([*command, "proto/grpc_predict_v2.proto"], cwd=PROJECT, check=True, timeout=60)
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROJECT}/proto", f"--python_out={folder}"]
+    subprocess.run([*command, *(PROJECT / "proto").glob("*.proto")], cwd=PROJECT, check=True, timeout=60)
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module("grpc_predict_v2_pb2")

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from serving.dataplane import DataPlane
 from serving.errors import ServingError, StartError
 from serving.models import Models
-from serving.settings import Settings, environment_variable
+from serving.settings import Settings, default_text, environment_variable
 from serving.transports import rest_ops, rest_v1, rest_v2
 from serving.transports.grpc_service import InferenceService
 from tests.pictures import MODES
@@ -129,7 +129,7 @@ def test_the_settings_are_those_of_the_code() -> None:
         [
             f"--{entry.name}",
             environment_variable(entry.name),
-            "" if entry.default is None else str(entry.default),
+            default_text(entry.default),
             entry.metadata["help"],
         ]
         for entry in fields(Settings)
@@ -147,11 +147,18 @@ def test_the_rest_table_has_every_route_of_the_server() -> None:
 
 def test_the_grpc_table_has_every_method_of_the_server() -> None:
     dataplane = DataPlane(Models([]), Settings())
-    methods = InferenceService(dataplane).methods.keys()
+    methods = InferenceService(dataplane).unary.keys()
     dataplane.close()
 
     shown = {name for row in table("as KServe's V1 clients ask it |\n\n") for name in row[0].split(", ")}
     assert shown == methods
+
+
+def test_the_output_table_is_that_of_the_models_metadata(server: Server) -> None:
+    shown = [row[:2] for row in table("v1 and v1alpha.\n\n")]
+
+    outputs = server.get("/v2/models/custom-model").json()["outputs"]
+    assert shown == [[one["name"], f"{one['datatype']} [rows, {one['shape'][1]}]"] for one in outputs]
 
 
 def test_the_error_table_has_every_status_of_the_code() -> None:

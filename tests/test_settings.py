@@ -27,6 +27,7 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "predictor": ("a:B", "b:C"),
         "host": ("127.0.0.1", "::1"),
         "device": ("cpu", "cuda"),
+        "enable_grpc_reflection": ("true", "false"),
     }.get(name, ("123", "321"))
 
     assert parse_settings([], {environment_variable(name): text}) == parse_settings([f"--{name}={text}"], {})
@@ -79,6 +80,18 @@ def test_a_model_name_of_ones_own_overrules_the_service() -> None:
     assert parse_settings(["--model_name=roses"], {"K_SERVICE": "flowers-predictor"}).model_name == "roses"
 
 
+@pytest.mark.parametrize("text", ["y", "Yes", "t", "TRUE", "on", "1"])
+def test_a_switch_is_thrown_by_every_word_that_kserve_takes(text: str) -> None:
+    assert parse_settings([f"--enable_grpc_reflection={text}"], {}).enable_grpc_reflection is True
+
+
+@pytest.mark.parametrize("text", ["n", "No", "f", "FALSE", "off", "0"])
+def test_a_switch_is_undone_by_every_word_that_kserve_takes(text: str) -> None:
+    environment = {"SERVING_ENABLE_GRPC_REFLECTION": text}
+
+    assert parse_settings([], environment).enable_grpc_reflection is False
+
+
 def test_the_model_dir_is_a_path() -> None:
     assert parse_settings(["--model_dir=a/b"], {}).model_dir == Path("a/b")
 
@@ -93,6 +106,7 @@ def test_the_model_dir_is_a_path() -> None:
         (["--http_port=65536"], {}, "--http_port must lie between 0 and 65535, not 65536"),
         ([], {"SERVING_HTTP_PORT": "-1"}, "SERVING_HTTP_PORT must lie between 0 and 65535, not -1"),
         ([], {"PORT": "tcp://10.0.0.1:80"}, "PORT must be a whole number, not tcp://10.0.0.1:80"),
+        (["--enable_grpc_reflection=maybe"], {}, "--enable_grpc_reflection must be true or false, not maybe"),
         (["--device=gpu"], {}, "--device must be one of auto, cpu, cuda, not gpu"),
         (["--model_name=a/b"], {}, "--model_name must be a name without slash, colon or blank, not a/b"),
         (["--predictor=iris"], {}, "--predictor must be module:Class, not iris"),

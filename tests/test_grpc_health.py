@@ -1,0 +1,201 @@
+"""The standard services beside inference, asked with google's own messages: health and reflection."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+
+from proto.generated.descriptors import SERVICES
+from tests.servers import Server, running
+from tests.test_lifecycle import gate, gated, rest
+
+__all__ = ["gate"]  # a fixture
+
+ECHO = "--predictor=tests.predictors:Echo"
+INFERENCE = "inference.GRPCInferenceService"
+SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
+
+
+@pytest.fixture(scope="module")
+def health(google: ModuleType) -> ModuleType:
+    return module_beside(google, "health_pb2")
+
+
+@pytest.fixture(scope="module")
+def reflection(google: ModuleType) -> ModuleType:
+    return module_beside(google, "reflection_pb2")
+
+
+def module_beside(google: ModuleType, name: str) -> ModuleType:
+    """Another of the modules that google's protoc has written."""
+    assert google.__file__
+    sys.path.insert(0, str(Path(google.__file__).parent))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def reflecting() -> Iterator[Server]:
+    with running(ECHO, "--enable_grpc_reflection=true") as server:
+        yield server
+
+
+def check(server: Server, health: ModuleType, service: str) -> int:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        call: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=health.HealthCheckResponse.FromString,
+        )
+        status: int = call(health.HealthCheckRequest(service=service), timeout=10).status
+        return status
+
+
+def watch(channel: grpc.Channel, health: ModuleType, service: str) -> Iterator[int]:
+    call: grpc.UnaryStreamMultiCallable[Any, Any] = channel.unary_stream(
+        "/grpc.health.v1.Health/Watch",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=health.HealthCheckResponse.FromString,
+    )
+    for response in call(health.HealthCheckRequest(service=service), timeout=60):
+        yield response.status
+
+
+def reflect(server: Server, reflection: ModuleType, version: str, *requests: Any) -> list[Any]:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        call: grpc.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=reflection.ServerReflectionResponse.FromString,
+        )
+        return list(call(iter(requests), timeout=10))
+
+
+@pytest.mark.parametrize("service", ["", INFERENCE, "custom-model"])
+def test_a_ready_server_is_serving(service: str, server: Server, health: ModuleType) -> None:
+    assert check(server, health, service) == SERVING
+
+
+def test_the_health_of_what_is_not_there_is_not_found(server: Server, health: ModuleType) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        check(server, health, "nope")
+
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(("service", "first"), [("", SERVING), ("custom-model", SERVING), ("nope", SERVICE_UNKNOWN)])
+def test_a_watcher_hears_of_the_stop_before_the_last_answer(
+    service: str, first: int, health: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    held = gate("held")
+    with (
+        gated(tmp_path) as server,
+        ThreadPoolExecutor() as clients,
+        grpc.insecure_channel(server.grpc_address) as channel,
+    ):
+        statuses = watch(channel, health, service)
+        assert next(statuses) == first
+        answer = clients.submit(rest, server, "held")
+        with held.open("wb"):
+            server.process.send_signal(signal.SIGTERM)
+            assert list(statuses) == [NOT_SERVING]
+        assert answer.result().status_code == 200
+        assert server.wait() == 0
+
+
+def test_without_the_flag_there_is_no_reflection(server: Server, reflection: ModuleType) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        reflect(server, reflection, "v1", reflection.ServerReflectionRequest(list_services=""))
+
+    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_lists_every_service(version: str, reflecting: Server, reflection: ModuleType) -> None:
+    request = reflection.ServerReflectionRequest(list_services="*", host="here")
+
+    (response,) = reflect(reflecting, reflection, version, request)
+
+    assert [service.name for service in response.list_services_response.service] == SERVICES
+    assert INFERENCE in SERVICES
+    assert (response.valid_host, response.original_request) == ("here", request)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "file"),
+    [
+        (INFERENCE, "grpc_predict_v2.proto"),
+        (f"{INFERENCE}.ModelInfer", "grpc_predict_v2.proto"),
+        ("inference.ModelInferRequest.InferInputTensor", "grpc_predict_v2.proto"),
+        ("grpc.health.v1.HealthCheckResponse.ServingStatus", "health.proto"),
+        ("grpc.reflection.v1.ServerReflection", "reflection.proto"),
+    ],
+)
+def test_reflection_knows_the_file_of_every_symbol(
+    symbol: str, file: str, reflecting: Server, reflection: ModuleType, google: ModuleType
+) -> None:
+    by_symbol, by_name = reflect(
+        reflecting,
+        reflection,
+        "v1",
+        reflection.ServerReflectionRequest(file_containing_symbol=symbol),
+        reflection.ServerReflectionRequest(file_by_filename=file),
+    )
+
+    (descriptor,) = by_symbol.file_descriptor_response.file_descriptor_proto
+    assert list(by_name.file_descriptor_response.file_descriptor_proto) == [descriptor]
+    pool = DescriptorPool()
+    pool.AddSerializedFile(descriptor)
+    theirs = module_beside(google, file.replace(".proto", "_pb2")).DESCRIPTOR
+    assert described(pool.FindFileByName(file)) == described(theirs)
+
+
+def described(file: Any) -> dict[str, list[tuple[Any, ...]]]:
+    """Fields of the messages and methods of the services, as google.protobuf understands them."""
+    messages = {
+        message.full_name: [(field.name, field.number, field.type) for field in message.fields]
+        for message in file.message_types_by_name.values()
+    }
+    services = {
+        service.full_name: [(method.name, method.input_type.full_name) for method in service.methods]
+        for service in file.services_by_name.values()
+    }
+    return {**messages, **services}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("file_containing_symbol", "no.Such", 5),
+        ("file_by_filename", "no.proto", 5),
+        ("all_extension_numbers_of_type", "inference.ModelInferRequest", 12),
+    ],
+)
+def test_reflection_says_what_it_does_not_know(
+    field: str, value: str, code: int, reflecting: Server, reflection: ModuleType
+) -> None:
+    (response,) = reflect(reflecting, reflection, "v1", reflection.ServerReflectionRequest(**{field: value}))
+
+    assert response.error_response.error_code == code
+
+
+def test_neither_service_loads_googles_protobuf(health: ModuleType, reflection: ModuleType) -> None:
+    with running(ECHO, "--enable_grpc_reflection=true", python_flags=["-X", "importtime"]) as server:
+        check(server, health, "")
+        reflect(server, reflection, "v1", reflection.ServerReflectionRequest(list_services=""))
+        assert server.stop() == 0
+
+    assert not [line for line in server.log if re.search(r"\| +google", line)]
