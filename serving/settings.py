@@ -65,6 +65,9 @@ class Settings:
     host: str = _setting("", "address to listen on; empty means every interface, IPv4 and IPv6")
     http_port: int = _setting(8080, "port of REST; 0 takes a free one; PORT in the environment is the default", _port)
     grpc_port: int = _setting(8081, "port of gRPC; 0 takes a free one", _port)
+    cors_allow_origins: str = _setting(
+        "", "web pages that may call, as origins separated by commas; * is every one, as in the tutorial; else none"
+    )
     enable_grpc_reflection: bool = _setting(
         False, "true or false; with it grpcurl and its like need no .proto files, and anybody may list the methods"
     )

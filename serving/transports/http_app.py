@@ -6,6 +6,8 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
@@ -22,6 +24,7 @@ from serving.transports.rest_json import error_response, json_response
 def make_http_app(dataplane: DataPlane, settings: Settings) -> ASGIApp:
     app = Starlette(
         routes=[*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)],
+        middleware=_cors(settings.cors_allow_origins),
         exception_handlers={
             ServingError: _serving_error,
             HTTPException: _routing_error,
@@ -30,6 +33,18 @@ def make_http_app(dataplane: DataPlane, settings: Settings) -> ASGIApp:
         },
     )
     return BodyGuard(app, settings.max_body_bytes)
+
+
+def _cors(origins: str) -> list[Middleware]:
+    if not origins:
+        return []
+    allowed = [origin.strip() for origin in origins.split(",")]
+    # Any method and header, with credentials: what the tutorial's server allows its origins.
+    return [
+        Middleware(
+            CORSMiddleware, allow_origins=allowed, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+        )
+    ]
 
 
 async def _serving_error(_: HttpRequest, error: Any) -> HttpResponse:

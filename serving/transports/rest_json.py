@@ -16,6 +16,7 @@ RETRY_AFTER_SECONDS = 1
 JSON_TYPES = {
     "",
     "application/json",
+    "application/cloudevents+json",
     "application/ld+json",
     "application/octet-stream",
     "application/x-www-form-urlencoded",
