@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import Server
+from tests.servers import Server, running
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,37 @@ def test_a_trailing_slash_is_redirected(server: Server) -> None:
     response = server.get("/v1/models/")
 
     assert (response.status_code, response.headers["location"]) == (307, f"{server.url}/v1/models")
+
+
+def test_without_the_flag_no_web_page_of_another_origin_may_call(server: Server) -> None:
+    response = httpx.get(server.url, headers={"origin": "https://example.com"})
+
+    assert "access-control-allow-origin" not in response.headers
+    assert httpx.options(server.url, headers={"origin": "https://example.com"}).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [
+        ("*", "https://example.com", True),
+        ("https://example.com, https://example.org", "https://example.org", True),
+        ("https://example.com", "https://example.org", False),
+    ],
+)
+def test_web_pages_of_the_allowed_origins_may_call(origins: str, origin: str, allowed: bool) -> None:
+    asked = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "x-mine"}
+    with running("--predictor=tests.predictors:Echo", f"--cors_allow_origins={origins}") as server:
+        url = f"{server.url}/v1/models/custom-model:predict"
+        preflight = httpx.options(url, headers=asked)
+        answer = httpx.post(url, json={"instances": [1]}, headers={"origin": origin})
+        error = httpx.post(url, json={}, headers={"origin": origin})
+
+    assert (preflight.status_code == 200) is allowed
+    for response in (preflight, answer, error):
+        assert (response.headers.get("access-control-allow-origin") in (origin, "*")) is allowed
+    if allowed:
+        assert preflight.headers["access-control-allow-headers"] == "x-mine"
+        assert answer.headers["access-control-allow-credentials"] == "true"
 
 
 def test_nothing_tells_which_server_it_is(server: Server) -> None:

@@ -1,0 +1,97 @@
+"""serving/transports/cloudevents.py: V1 requests that come as events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import Server, running
+
+PREDICT = "/v1/models/custom-model:predict"
+STRUCTURED = "application/cloudevents+json"
+DATA = {"instances": [1.5, 2.5]}
+ANSWER = {"predictions": [1.5, 2.5]}
+EVENT = {
+    "specversion": "1.0",
+    "id": "36077800",
+    "source": "https://example.com/camera",
+    "type": "com.example.picture",
+    "time": "2026-01-01T00:00:00Z",
+    "data": DATA,
+}
+HEADERS = {f"ce-{name}": str(EVENT[name]) for name in ("specversion", "id", "source", "type")}
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[Server]:
+    with running("--predictor=tests.predictors:Echo") as server:
+        yield server
+
+
+def post(server: Server, content: Any, **headers: str) -> httpx.Response:
+    return httpx.post(server.url + PREDICT, content=json.dumps(content), headers=headers)
+
+
+def test_a_structured_event_is_answered_with_one(echo: Server) -> None:
+    response = post(echo, EVENT, **{"content-type": STRUCTURED})
+
+    event = response.json()
+    assert response.headers["content-type"] == STRUCTURED
+    assert event.keys() == EVENT.keys()
+    assert (event["specversion"], event["data"]) == ("1.0", ANSWER)
+    assert (event["source"], event["type"]) == ("io.kserve.inference.custom-model", "io.kserve.inference.response")
+    assert len(event["id"]) == 36
+    assert datetime.fromisoformat(event["time"]).tzinfo is not None
+
+
+def test_an_event_in_another_type_is_read_and_answered_plainly(echo: Server) -> None:
+    response = post(echo, EVENT, **{"content-type": "application/json"})
+
+    assert (response.headers["content-type"], response.json()) == ("application/json", ANSWER)
+
+
+def test_an_event_in_headers_is_answered_with_one(echo: Server) -> None:
+    response = post(echo, DATA, **HEADERS, **{"content-type": "application/json"})
+
+    assert (response.headers["content-type"], response.json()) == ("application/json", ANSWER)
+    assert response.headers["ce-source"] == "io.kserve.inference.custom-model"
+    assert response.headers["ce-type"] == "io.kserve.inference.response"
+    assert response.headers["ce-specversion"] == "1.0"
+    assert len(response.headers["ce-id"]) == 36
+    assert datetime.fromisoformat(response.headers["ce-time"]).tzinfo is not None
+
+
+def test_half_the_headers_of_an_event_make_a_plain_request(echo: Server) -> None:
+    response = post(echo, DATA, **{"ce-id": "1", "content-type": "application/json"})
+
+    assert response.json() == ANSWER
+    assert not [name for name in response.headers if name.startswith("ce-")]
+
+
+@pytest.mark.parametrize("missing", ["specversion", "id", "source", "type", "data"])
+def test_an_event_that_lacks_an_attribute_is_refused(missing: str, echo: Server) -> None:
+    event = {name: value for name, value in EVENT.items() if name != missing}
+
+    response = post(echo, event, **{"content-type": STRUCTURED})
+
+    assert (response.status_code, response.json()) == (400, {"error": f'not a CloudEvent: "{missing}" is missing'})
+
+
+@pytest.mark.parametrize("version", ["2.0", 1, None])
+def test_an_event_of_another_version_is_refused(version: Any, echo: Server) -> None:
+    response = post(echo, {**EVENT, "specversion": version}, **{"content-type": STRUCTURED})
+
+    error = 'not a CloudEvent: "specversion" must be one of 1.0, 0.3'
+    assert (response.status_code, response.json()) == (400, {"error": error})
+
+
+def test_an_error_of_an_event_is_no_event(echo: Server) -> None:
+    response = post(echo, {**EVENT, "data": {}}, **{"content-type": STRUCTURED})
+
+    assert (response.status_code, response.json()) == (400, {"error": '"instances" is missing'})
+    assert response.headers["content-type"] == "application/json"
