@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 from serving.cpus import available_cpus
 from serving.errors import InternalError, InvalidInput, Overloaded, ServingError, TooLarge
+from serving.metrics import Metrics
 from serving.models import Model, Models
 from serving.predictor import Request, Response, Rows
 from serving.settings import Settings
@@ -30,18 +32,39 @@ T = TypeVar("T")
 class DataPlane:
     """Owns the threads and the count of requests under way; `close` when both listeners have stopped."""
 
-    def __init__(self, models: Models, settings: Settings) -> None:
+    def __init__(self, models: Models, settings: Settings, metrics: Metrics) -> None:
         self.models = models
+        self.metrics = metrics
         self.under_way = 0
         self.draining = asyncio.Event()
         self._settings = settings
         self._workers = ThreadPoolExecutor(settings.threads or available_cpus(), "worker")
         self._engine = ThreadPoolExecutor(1, "engine")
+        self._at_model = 0
+        metrics.watch(lambda: self.under_way, lambda: self._at_model)
+        for name in models.names:
+            metrics.model(name, models.get(name).predictor.platform)
 
     @property
     def ready(self) -> bool:
         """Whether an inference would be answered now."""
         return self.models.ready and not self.draining.is_set()
+
+    @contextmanager
+    def counted(self, protocol: str) -> Iterator[None]:
+        """Around all that a transport does for one inference request: counts how it ended."""
+        outcome = "failed"
+        try:
+            yield
+            outcome = "answered"
+        except ServingError as error:
+            outcome = error.outcome
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self.metrics.ended(protocol, outcome)
 
     async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T]) -> T:
         """Answer one request; `decode` and `encode` are the transport's, called on a worker thread.
@@ -50,7 +73,12 @@ class DataPlane:
         """
         with self._admitted():
             model, request, rows = await _run(self._workers, partial(self._prepare, decode))
-            predictions = await _run(self._engine, partial(model.predictor.predict, rows))
+            self._at_model += 1
+            try:
+                work = partial(self._predict, model, request, rows, time.perf_counter())
+                predictions = await _run(self._engine, work)
+            finally:
+                self._at_model -= 1
             return await _run(self._workers, partial(self._answer, model, request, predictions, encode))
 
     def close(self) -> None:
@@ -69,23 +97,33 @@ class DataPlane:
             self.under_way -= 1
 
     def _prepare(self, decode: Callable[[], Request]) -> tuple[Model, Request, Rows]:
-        request = decode()
-        model = self.models.get_ready(request.model_name)
-        if request.rows == 0:
-            raise InvalidInput("the request has no instances")
-        if request.rows > self._settings.max_instances:
-            raise TooLarge(f"{request.rows} instances exceed max_instances ({self._settings.max_instances})")
-        if model.predictor.outputs:
-            _check_outputs(request, {spec.name for spec in model.predictor.outputs})
-        request = replace(request, id=request.id or str(uuid.uuid4()))
-        return model, request, model.predictor.preprocess(request)
+        with self.metrics.stage("decode"):
+            request = decode()
+            model = self.models.get_ready(request.model_name)
+            if request.rows == 0:
+                raise InvalidInput("the request has no instances")
+            if request.rows > self._settings.max_instances:
+                raise TooLarge(f"{request.rows} instances exceed max_instances ({self._settings.max_instances})")
+            if model.predictor.outputs:
+                _check_outputs(request, {spec.name for spec in model.predictor.outputs})
+            request = replace(request, id=request.id or str(uuid.uuid4()))
+            with self.metrics.handler("preprocess", model.name):
+                return model, request, model.predictor.preprocess(request)
+
+    def _predict(self, model: Model, request: Request, rows: Rows, queued_at: float) -> Rows:
+        self.metrics.queued(queued_at)
+        self.metrics.run(model.name, request.rows)
+        with self.metrics.stage("infer"), self.metrics.handler("predict", model.name):
+            return model.predictor.predict(rows)
 
     def _answer(self, model: Model, request: Request, predictions: Rows, encode: Callable[[Response], T]) -> T:
-        response = model.predictor.postprocess(predictions, request)
-        outputs = {tensor.name: tensor for tensor in response.outputs}
-        _check_outputs(request, outputs.keys())
-        chosen = [outputs[output.name] for output in request.outputs] or response.outputs
-        return encode(replace(response, outputs=chosen, model_name=model.name, id=request.id))
+        with self.metrics.stage("encode"):
+            with self.metrics.handler("postprocess", model.name):
+                response = model.predictor.postprocess(predictions, request)
+            outputs = {tensor.name: tensor for tensor in response.outputs}
+            _check_outputs(request, outputs.keys())
+            chosen = [outputs[output.name] for output in request.outputs] or response.outputs
+            return encode(replace(response, outputs=chosen, model_name=model.name, id=request.id))
 
 
 def _check_outputs(request: Request, offered: Set[str]) -> None:

@@ -11,11 +11,13 @@ class ServingError(Exception):
     """A failure with an answer for the client.
 
     `str(error)` is the public text: it says what is wrong and where, and never repeats the payload. `grpc_status`
-    is a name of grpc.StatusCode. `retry` says whether the same request may succeed later.
+    is a name of grpc.StatusCode. `outcome` is what the metrics count it as, and `retry` says whether the same request
+    may succeed later.
     """
 
     http_status: ClassVar[int]
     grpc_status: ClassVar[str]
+    outcome: ClassVar[str] = "invalid"
     retry: ClassVar[bool] = False
 
     def __init__(self, text: str) -> None:
@@ -53,11 +55,23 @@ class UnsupportedMediaType(ServingError):
     grpc_status = "INVALID_ARGUMENT"
 
 
+class ClientLeft(ServingError):
+    """The client went before its request was read; nobody hears the answer. Raised by the REST transports."""
+
+    http_status = 499
+    grpc_status = "CANCELLED"
+    outcome = "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("the client left")
+
+
 class InternalError(ServingError):
     """Something of ours, or of the predictor's, is broken: the log has it, the client does not. Raised by dataplane."""
 
     http_status = 500
     grpc_status = "INTERNAL"
+    outcome = "failed"
 
     def __init__(self) -> None:
         super().__init__("Internal server error")
@@ -75,6 +89,7 @@ class ModelNotReady(ServingError):
 
     http_status = 503
     grpc_status = "UNAVAILABLE"
+    outcome = "rejected"
     retry = True
 
     def __init__(self, name: str) -> None:
@@ -86,6 +101,7 @@ class Overloaded(ServingError):
 
     http_status = 503
     grpc_status = "UNAVAILABLE"
+    outcome = "rejected"
     retry = True
 
     def __init__(self) -> None:

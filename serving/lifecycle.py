@@ -13,6 +13,7 @@ from types import FrameType
 
 from serving.dataplane import DataPlane
 from serving.errors import DrainCut
+from serving.metrics import Metrics
 from serving.models import Models, make_model
 from serving.settings import Settings
 from serving.transports.grpc_health import HealthService
@@ -35,7 +36,7 @@ def run(settings: Settings) -> None:
     http = HttpServer(settings)
     model = make_model(settings)
     model.load()
-    dataplane = DataPlane(Models([model]), settings)
+    dataplane = DataPlane(Models([model]), settings, Metrics())
     try:
         asyncio.run(_serve(http, dataplane, settings))
     finally:

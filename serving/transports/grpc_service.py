@@ -78,8 +78,12 @@ class InferenceService(Service):
         )
 
     async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
-        exchange = _Exchange(message, metadata)
-        return await self._dataplane.infer(exchange.decode, exchange.encode)
+        with self._dataplane.counted("grpc"):
+            self._dataplane.metrics.received("grpc", len(message))
+            exchange = _Exchange(message, metadata)
+            answer = await self._dataplane.infer(exchange.decode, exchange.encode)
+            self._dataplane.metrics.sent("grpc", len(answer))
+            return answer
 
 
 class _Exchange:

@@ -8,7 +8,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp
@@ -28,7 +27,6 @@ def make_http_app(dataplane: DataPlane, settings: Settings) -> ASGIApp:
         exception_handlers={
             ServingError: _serving_error,
             HTTPException: _routing_error,
-            ClientDisconnect: _client_left,
             Exception: _internal_error,
         },
     )
@@ -56,10 +54,6 @@ async def _routing_error(_: HttpRequest, error: Any) -> HttpResponse:
     response = json_response({"error": error.detail}, error.status_code)
     response.headers.update(error.headers or {})
     return response
-
-
-async def _client_left(_: HttpRequest, __: Exception) -> HttpResponse:
-    return HttpResponse(status_code=499)  # goes nowhere; a number that logs understand
 
 
 async def _internal_error(_: HttpRequest, __: Exception) -> HttpResponse:

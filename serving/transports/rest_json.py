@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serving.errors import InvalidInput, ServingError, UnsupportedMediaType
+from serving.errors import ClientLeft, InvalidInput, ServingError, UnsupportedMediaType
+from serving.metrics import Metrics
 
 RETRY_AFTER_SECONDS = 1
 
@@ -35,6 +37,17 @@ def body_type(headers: Mapping[str, str], images: bool = False) -> str:
         return "image"
     or_an_image = ", or an image as image/*" if images else ""
     raise UnsupportedMediaType(f"the body must be application/json{or_an_image}: see Content-Type")
+
+
+async def read_body(request: Request, metrics: Metrics, protocol: str) -> bytes:
+    """Raises TooLarge, as rest_guard decides, and ClientLeft."""
+    try:
+        with metrics.stage("read"):
+            body = await request.body()
+    except ClientDisconnect:
+        raise ClientLeft from None
+    metrics.received(protocol, len(body))
+    return body
 
 
 def parse_json(body: bytes) -> Any:

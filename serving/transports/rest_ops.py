@@ -1,6 +1,8 @@
-"""What operators and platforms ask: is the server alive, is it ready."""
+"""What operators and platforms ask: is the server alive, is it ready, what does it do."""
 
 from __future__ import annotations
+
+import asyncio
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
@@ -20,4 +22,14 @@ def routes(dataplane: DataPlane) -> list[Route]:
     async def ready(_: HttpRequest) -> HttpResponse:
         return json_response({"ready": dataplane.ready}, 200 if dataplane.ready else 503)
 
-    return [Route("/", alive), Route("/v2/health/live", live), Route("/v2/health/ready", ready)]
+    async def metrics(request: HttpRequest) -> HttpResponse:
+        accept = request.headers.get("accept", "")
+        text, content_type = await asyncio.to_thread(dataplane.metrics.exposition, accept)
+        return HttpResponse(text, headers={"content-type": content_type})
+
+    return [
+        Route("/", alive),
+        Route("/metrics", metrics),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+    ]

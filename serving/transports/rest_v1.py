@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
-from serving.transports.rest_json import body_type, json_response
+from serving.transports.rest_json import body_type, json_response, read_body
 from serving.transports.rest_v1_codec import PredictExchange
 
 
@@ -21,12 +21,15 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return json_response({"name": found.name, "ready": True})
 
     async def predict(request: HttpRequest) -> HttpResponse:
-        name = request.path_params["model"]
-        dataplane.models.get_ready(name)
-        kind = body_type(request.headers, images=True)
-        exchange = PredictExchange(name, dict(request.headers), kind, await request.body())
-        body, headers = await dataplane.infer(exchange.decode, exchange.encode)
-        return HttpResponse(body, headers=headers)
+        with dataplane.counted("v1"):
+            name = request.path_params["model"]
+            dataplane.models.get_ready(name)
+            kind = body_type(request.headers, images=True)
+            body = await read_body(request, dataplane.metrics, "v1")
+            exchange = PredictExchange(name, dict(request.headers), kind, body)
+            answer, headers = await dataplane.infer(exchange.decode, exchange.encode)
+            dataplane.metrics.sent("v1", len(answer))
+            return HttpResponse(answer, headers=headers)
 
     async def explain(request: HttpRequest) -> HttpResponse:
         dataplane.models.get_ready(request.path_params["model"])

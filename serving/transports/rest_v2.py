@@ -11,9 +11,8 @@ from starlette.routing import Route
 from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
-from serving.predictor import Response
 from serving.tensors import TensorSpec
-from serving.transports.rest_json import body_type, json_response
+from serving.transports.rest_json import body_type, json_response, read_body
 from serving.transports.rest_v2_codec import LENGTH_HEADER, InferExchange
 
 EXTENSIONS = ("binary_tensor_data", "classification")
@@ -44,17 +43,16 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return json_response({"name": model.name, "ready": True})
 
     async def infer(request: HttpRequest) -> HttpResponse:
-        name = request.path_params["model"]
-        dataplane.models.get_ready(name)
-        if LENGTH_HEADER not in request.headers:
-            body_type(request.headers)  # JSON, or refused; with that header it is what the header says
-        exchange = InferExchange(name, dict(request.headers), await request.body())
-
-        def encode(response: Response) -> HttpResponse:
-            body, headers = exchange.encode(response)
-            return HttpResponse(body, headers={**response.headers, **headers})
-
-        return await dataplane.infer(exchange.decode, encode)
+        with dataplane.counted("v2"):
+            name = request.path_params["model"]
+            dataplane.models.get_ready(name)
+            if LENGTH_HEADER not in request.headers:
+                body_type(request.headers)  # JSON, or refused; with that header it is what the header says
+            body = await read_body(request, dataplane.metrics, "v2")
+            exchange = InferExchange(name, dict(request.headers), body)
+            answer, headers = await dataplane.infer(exchange.decode, exchange.encode)
+            dataplane.metrics.sent("v2", len(answer))
+            return HttpResponse(answer, headers=headers)
 
     async def version(_: HttpRequest) -> HttpResponse:
         raise NotSupported("Model versioning not supported yet.")

@@ -44,7 +44,7 @@ class InferExchange:
         return Request(self._model_name, tuple(inputs), identifier, tuple(outputs), headers=self._headers)
 
     def encode(self, response: Response) -> tuple[bytes, dict[str, str]]:
-        """The body, and the headers that describe it. Raises InvalidInput for FP16 in JSON."""
+        """The body, and the headers of the response. Raises InvalidInput for FP16 in JSON."""
         outputs, tail = [], []
         for tensor in response.outputs:
             output: dict[str, Any] = {"name": tensor.name, "shape": tensor.shape, "datatype": tensor.datatype}
@@ -65,8 +65,9 @@ class InferExchange:
         }
         header = dump_json(content)
         if not tail:
-            return header, {"content-type": "application/json"}
-        return b"".join([header, *tail]), {"content-type": "application/octet-stream", LENGTH_HEADER: str(len(header))}
+            return header, {**response.headers, "content-type": "application/json"}
+        binary = {"content-type": "application/octet-stream", LENGTH_HEADER: str(len(header))}
+        return b"".join([header, *tail]), {**response.headers, **binary}
 
     def _input(self, entry: Mapping[str, Any], path: str, tail: _Tail) -> Tensor:
         name, datatype = _text(entry, "name", path), _text(entry, "datatype", path)
