@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 from serving import errors
 from serving.predictor import Predictor, Request, Response, Rows
 from serving.tensors import Tensor
@@ -47,7 +49,8 @@ class Failing(Echo):
     def preprocess(self, request: Request) -> Rows:
         name = request.input.array.flat[0].decode()
         kind = getattr(errors, name, None) or getattr(__import__("builtins"), name)
-        raise kind() if kind in (errors.InternalError, errors.Overloaded) else kind("the secret of the text")
+        has_own_text = issubclass(kind, errors.ServingError) and not signature(kind).parameters
+        raise kind() if has_own_text else kind("the secret of the text")
 
 
 class Unloadable(Echo):

@@ -12,10 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
 from serving.dataplane import DataPlane
 from serving.errors import ServingError, StartError
+from serving.metrics import Metrics
 from serving.models import Models
 from serving.settings import Settings, default_text, environment_variable
 from serving.transports import rest_ops, rest_v1, rest_v2
@@ -137,7 +139,7 @@ def test_the_settings_are_those_of_the_code() -> None:
 
 
 def test_the_rest_table_has_every_route_of_the_server() -> None:
-    dataplane = DataPlane(Models([]), Settings())
+    dataplane = DataPlane(Models([]), Settings(), Metrics())
     found: list[Route] = [*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)]
     dataplane.close()
 
@@ -146,7 +148,7 @@ def test_the_rest_table_has_every_route_of_the_server() -> None:
 
 
 def test_the_grpc_table_has_every_method_of_the_server() -> None:
-    dataplane = DataPlane(Models([]), Settings())
+    dataplane = DataPlane(Models([]), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
     dataplane.close()
 
@@ -159,6 +161,14 @@ def test_the_output_table_is_that_of_the_models_metadata(server: Server) -> None
 
     outputs = server.get("/v2/models/custom-model").json()["outputs"]
     assert shown == [[one["name"], f"{one['datatype']} [rows, {one['shape'][1]}]"] for one in outputs]
+
+
+def test_the_metrics_are_those_of_the_code() -> None:
+    text, _ = Metrics().exposition("")
+    families = list(text_string_to_metric_families(text.decode()))
+
+    shown = [row[0] for row in table("\n## Metrics\n\n")]
+    assert shown == [one.name for one in families if one.name.startswith(("request_", "serving_"))]
 
 
 def test_the_error_table_has_every_status_of_the_code() -> None:
@@ -178,11 +188,11 @@ def test_the_kinds_of_image_are_counted_right() -> None:
     assert f"{len(MODES)} kinds of image" in README
 
 
-def test_the_direct_requirements_are_nine() -> None:
+def test_the_direct_requirements_are_ten() -> None:
     pins = [
         line
         for name in ("requirements.txt", "requirements-base.txt")
         for line in (PROJECT / name).read_text().splitlines()
     ]
 
-    assert len([line for line in pins if "==" in line]) == 9
+    assert len([line for line in pins if "==" in line]) == 10
