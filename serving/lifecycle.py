@@ -62,7 +62,7 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
     )
     async with asyncio.TaskGroup() as tasks:
         listeners = [
-            tasks.create_task(http.serve(make_http_app(dataplane, settings), stop)),
+            tasks.create_task(http.serve(make_http_app(dataplane, services, settings), stop)),
             tasks.create_task(grpc.serve(stop)),
         ]
         await stop.wait()

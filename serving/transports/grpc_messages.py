@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import betterproto2
+import grpc
 
 from proto import wire
-from serving.errors import InvalidInput
+from serving.errors import InternalError, InvalidInput, ServingError
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=betterproto2.Message)
 
@@ -31,3 +35,11 @@ def parse(message_class: type[M], message: bytes) -> M:
         return wire.decode(message_class, message)
     except wire.DecodeError as error:
         raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """How a call that raised this ends; what nobody foresaw is logged and not told."""
+    if not isinstance(error, ServingError):
+        logger.error("a gRPC call failed", exc_info=error)
+        error = InternalError()
+    return grpc.StatusCode[error.grpc_status], str(error)

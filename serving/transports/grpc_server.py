@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before the import: its C core would log beside us
 
 import grpc
 import grpc.aio
 
-from serving.errors import InternalError, PortInUse, ServingError
+from serving.errors import PortInUse
 from serving.settings import Settings
-from serving.transports.grpc_messages import Service, Stream, Unary
-
-logger = logging.getLogger(__name__)
+from serving.transports.grpc_messages import Service, Stream, Unary, status_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -68,7 +62,7 @@ def _unary(method: Unary) -> Any:
             return await method(message, _metadata(context))
         except Exception as error:
             failure = error
-        return await context.abort(*_status(failure))
+        return await context.abort(*status_of(failure))
 
     # No deserializer: grpc would answer what it raises with UNKNOWN and its text.
     return grpc.unary_unary_rpc_method_handler(answer)
@@ -82,16 +76,9 @@ def _stream(method: Stream) -> Any:
             async for message in method(messages, _metadata(context)):
                 yield message
         except Exception as error:
-            await context.abort(*_status(error))
+            await context.abort(*status_of(error))
 
     return grpc.stream_stream_rpc_method_handler(answer)
-
-
-def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
-    if not isinstance(error, ServingError):
-        logger.error("a gRPC call failed", exc_info=error)
-        error = InternalError()
-    return grpc.StatusCode[error.grpc_status], str(error)
 
 
 def _metadata(context: Context) -> dict[str, str]:

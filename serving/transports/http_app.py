@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -10,18 +12,23 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.dataplane import DataPlane
 from serving.errors import InternalError, ServingError
 from serving.settings import Settings
 from serving.transports import rest_ops, rest_v1, rest_v2
+from serving.transports.grpc_messages import Service
+from serving.transports.grpc_over_http import GrpcOverHttp
 from serving.transports.rest_guard import BodyGuard
 from serving.transports.rest_json import error_response, json_response
 
+NO_LIMIT = sys.maxsize
 
-def make_http_app(dataplane: DataPlane, settings: Settings) -> ASGIApp:
-    app = Starlette(
+
+def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: Settings) -> ASGIApp:
+    """`services` are those of the gRPC port, which the HTTP port answers as well."""
+    rest = Starlette(
         routes=[*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)],
         middleware=_cors(settings.cors_allow_origins),
         exception_handlers={
@@ -30,7 +37,19 @@ def make_http_app(dataplane: DataPlane, settings: Settings) -> ASGIApp:
             Exception: _internal_error,
         },
     )
-    return BodyGuard(app, settings.max_body_bytes)
+    guarded_rest = BodyGuard(rest, settings.max_body_bytes)
+    guarded_grpc = BodyGuard(GrpcOverHttp(services, settings), NO_LIMIT)  # it limits each message
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await (guarded_grpc if _is_grpc(scope) else guarded_rest)(scope, receive, send)
+
+    return app
+
+
+def _is_grpc(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["http_version"] != "2":
+        return False
+    return any(name == b"content-type" and value.startswith(b"application/grpc") for name, value in scope["headers"])
 
 
 def _cors(origins: str) -> list[Middleware]:
