@@ -43,9 +43,11 @@ def server(model_dir: Path) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def channel(server: Server) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(server.grpc_address) as channel:
+@pytest.fixture(scope="session", params=["gRPC port", "HTTP port"])
+def channel(request: pytest.FixtureRequest, server: Server) -> Iterator[grpc.Channel]:
+    """Whatever is answered on the one port is answered on the other."""
+    port = server.grpc_port if request.param == "gRPC port" else server.http_port
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
 
 

@@ -53,8 +53,16 @@ def reflecting() -> Iterator[Server]:
         yield server
 
 
-def check(server: Server, health: ModuleType, service: str) -> int:
-    with grpc.insecure_channel(server.grpc_address) as channel:
+PORTS = ["grpc_port", "http_port"]
+
+
+def on(server: Server, port: str) -> grpc.Channel:
+    """A channel to one of the two ports: both answer every service."""
+    return grpc.insecure_channel(f"127.0.0.1:{getattr(server, port)}")
+
+
+def check(server: Server, health: ModuleType, service: str, port: str = "grpc_port") -> int:
+    with on(server, port) as channel:
         call: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=lambda message: message.SerializeToString(),
@@ -74,8 +82,8 @@ def watch(channel: grpc.Channel, health: ModuleType, service: str) -> Iterator[i
         yield response.status
 
 
-def reflect(server: Server, reflection: ModuleType, version: str, *requests: Any) -> list[Any]:
-    with grpc.insecure_channel(server.grpc_address) as channel:
+def reflect(server: Server, reflection: ModuleType, version: str, *requests: Any, port: str = "grpc_port") -> list[Any]:
+    with on(server, port) as channel:
         call: grpc.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(
             f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
             request_serializer=lambda message: message.SerializeToString(),
@@ -84,9 +92,10 @@ def reflect(server: Server, reflection: ModuleType, version: str, *requests: Any
         return list(call(iter(requests), timeout=10))
 
 
+@pytest.mark.parametrize("port", PORTS)
 @pytest.mark.parametrize("service", ["", INFERENCE, "custom-model"])
-def test_a_ready_server_is_serving(service: str, server: Server, health: ModuleType) -> None:
-    assert check(server, health, service) == SERVING
+def test_a_ready_server_is_serving(service: str, port: str, server: Server, health: ModuleType) -> None:
+    assert check(server, health, service, port) == SERVING
 
 
 def test_the_health_of_what_is_not_there_is_not_found(server: Server, health: ModuleType) -> None:
@@ -96,15 +105,16 @@ def test_the_health_of_what_is_not_there_is_not_found(server: Server, health: Mo
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.parametrize("port", PORTS)
 @pytest.mark.parametrize(("service", "first"), [("", SERVING), ("custom-model", SERVING), ("nope", SERVICE_UNKNOWN)])
 def test_a_watcher_hears_of_the_stop_before_the_last_answer(
-    service: str, first: int, health: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
+    service: str, first: int, port: str, health: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
 ) -> None:
     held = gate("held")
     with (
         gated(tmp_path) as server,
         ThreadPoolExecutor() as clients,
-        grpc.insecure_channel(server.grpc_address) as channel,
+        on(server, port) as channel,
     ):
         statuses = watch(channel, health, service)
         assert next(statuses) == first
@@ -123,11 +133,12 @@ def test_without_the_flag_there_is_no_reflection(server: Server, reflection: Mod
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.parametrize("port", PORTS)
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
-def test_reflection_lists_every_service(version: str, reflecting: Server, reflection: ModuleType) -> None:
+def test_reflection_lists_every_service(version: str, port: str, reflecting: Server, reflection: ModuleType) -> None:
     request = reflection.ServerReflectionRequest(list_services="*", host="here")
 
-    (response,) = reflect(reflecting, reflection, version, request)
+    (response,) = reflect(reflecting, reflection, version, request, port=port)
 
     assert [service.name for service in response.list_services_response.service] == SERVICES
     assert INFERENCE in SERVICES
