@@ -13,7 +13,7 @@ from serving.settings import parse_settings
 def main() -> int:
     try:
         settings = parse_settings(sys.argv[1:], os.environ)
-        configure_logging()
+        configure_logging(settings, os.environ)
         lifecycle.run(settings)
     except StartError as error:
         sys.stderr.write(f"app.py: {error}\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,6 +36,14 @@ def _one_of(*choices: str) -> Check:
 
 def _matches(pattern: str, what: str) -> Check:
     return lambda value: None if re.fullmatch(pattern, value) else f"must be {what}"
+
+
+def _is_format(text: str) -> str | None:
+    try:
+        text % defaultdict(int)
+    except (ValueError, TypeError) as error:
+        return f"must be a format for %: {error}"
+    return None
 
 
 def _setting(default: Any, help_text: str, check: Check | None = None) -> Any:
@@ -79,6 +88,18 @@ class Settings:
         0, "threads that run the model, and threads that decode images; 0 means one a CPU of the quota",
         _between(0, 1024),
     )  # fmt: skip
+    configure_logging: bool = _setting(
+        True, "true or false; without it nothing is logged but by what a predictor configures"
+    )
+    log_config_file: Path | None = _setting(
+        None, "configuration of Python's logging, .json, .yaml or .ini; those written for KServe work unchanged"
+    )
+    log_format: str = _setting("text", "text or json: lines for people or for machines", _one_of("text", "json"))
+    access_log_format: str = _setting(
+        "",
+        "format of the line a request, as '%(h)s %(request_line)s %(s)s %(M)s', with asgi-logger's atoms",
+        _is_format,
+    )
     max_body_bytes: int = _setting(8 * MIB, "largest REST body; a larger one is answered 413", _positive)
     grpc_max_receive_message_length: int = _setting(
         8 * MIB, "largest gRPC request in bytes; a larger one is answered RESOURCE_EXHAUSTED", _positive
@@ -177,11 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     for entry in fields(Settings):
         spellings = dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"])
+        help_text = entry.metadata["help"].replace("%", "%%")
         default = "" if entry.default in (None, "") else f"default {default_text(entry.default)}, "
         parser.add_argument(
             *spellings,
             dest=entry.name,
             metavar=entry.name.rsplit("_", 1)[-1].upper(),
-            help=f"{entry.metadata['help']} ({default}environment {environment_variable(entry.name)})",
+            help=f"{help_text} ({default}environment {environment_variable(entry.name)})",
         )
     return parser

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -11,9 +15,8 @@ import grpc.aio
 
 from serving.errors import PortInUse
 from serving.settings import Settings
+from serving.transports import access_log
 from serving.transports.grpc_messages import Service, Stream, Unary, status_of
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 
@@ -36,10 +39,12 @@ class GrpcServer:
         ]
         self._server = grpc.aio.server(options=options)
         for service in self._services:
-            handlers = {name: _unary(method) for name, method in service.unary.items()}
-            handlers |= {name: _stream(method) for name, method in service.streams.items()}
-            generic = [grpc.method_handlers_generic_handler(name, handlers) for name in service.names]
-            self._server.add_generic_rpc_handlers(generic)
+            for name in service.names:
+                handlers = {method: _unary(call, self._line(name, method)) for method, call in service.unary.items()}
+                handlers |= {
+                    method: _stream(call, self._line(name, method)) for method, call in service.streams.items()
+                }
+                self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
         host = settings.host or "::"
         address = f"[{host}]:{settings.grpc_port}" if ":" in host else f"{host}:{settings.grpc_port}"
         try:
@@ -55,28 +60,69 @@ class GrpcServer:
         await stop.wait()
         await self._server.stop(NEVER)
 
+    def _line(self, service: str, method: str) -> LineOf:
+        return partial(_logged, f"/{service}/{method}", self._settings.access_log_format)
 
-def _unary(method: Unary) -> Any:
+
+@dataclass(slots=True)
+class _Ended:
+    """What the access line says of a call; a handler fills it in."""
+
+    status: grpc.StatusCode = grpc.StatusCode.CANCELLED
+    sent_bytes: int = 0
+
+
+Context = grpc.aio.ServicerContext[Any, Any]
+LineOf = Callable[[Context], AbstractContextManager[_Ended]]
+
+
+@contextmanager
+def _logged(path: str, access_log_format: str, context: Context) -> Iterator[_Ended]:
+    ended, started_at = _Ended(), time.perf_counter()
+    try:
+        yield ended
+    finally:
+        host, _, port = context.peer().partition(":")[2].rpartition(":")
+        call = {
+            "client": (host, int(port)) if port.isdigit() else None,
+            "method": "POST",
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "http_version": "2",
+            "headers": [(name.encode(), value.encode()) for name, value in _metadata(context).items()],
+        }
+        seconds = time.perf_counter() - started_at
+        access_log.write(access_log_format, call, ended.status.name, ended.sent_bytes, (), seconds)
+
+
+def _unary(method: Unary, line_of: LineOf) -> Any:
     async def answer(message: bytes, context: Context) -> bytes:
-        try:
-            return await method(message, _metadata(context))
-        except Exception as error:
-            failure = error
-        return await context.abort(*status_of(failure))
+        with line_of(context) as ended:
+            try:
+                response = await method(message, _metadata(context))
+                ended.status, ended.sent_bytes = grpc.StatusCode.OK, len(response)
+                return response
+            except Exception as error:
+                ended.status, text = status_of(error)
+            return await context.abort(ended.status, text)
 
     # No deserializer: grpc would answer what it raises with UNKNOWN and its text.
     return grpc.unary_unary_rpc_method_handler(answer)
 
 
-def _stream(method: Stream) -> Any:
+def _stream(method: Stream, line_of: LineOf) -> Any:
     """Also for methods of one request: on the wire they are streams as well."""
 
     async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        try:
-            async for message in method(messages, _metadata(context)):
-                yield message
-        except Exception as error:
-            await context.abort(*status_of(error))
+        with line_of(context) as ended:
+            try:
+                async for message in method(messages, _metadata(context)):
+                    ended.sent_bytes += len(message)
+                    yield message
+                ended.status = grpc.StatusCode.OK
+            except Exception as error:
+                ended.status, text = status_of(error)
+                await context.abort(ended.status, text)
 
     return grpc.stream_stream_rpc_method_handler(answer)
 

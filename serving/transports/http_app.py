@@ -18,6 +18,7 @@ from serving.dataplane import DataPlane
 from serving.errors import InternalError, ServingError
 from serving.settings import Settings
 from serving.transports import rest_ops, rest_v1, rest_v2
+from serving.transports.access_log import AccessLog
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
 from serving.transports.rest_guard import BodyGuard
@@ -43,7 +44,7 @@ def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: S
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await (guarded_grpc if _is_grpc(scope) else guarded_rest)(scope, receive, send)
 
-    return app
+    return AccessLog(app, settings.access_log_format)
 
 
 def _is_grpc(scope: Scope) -> bool:
