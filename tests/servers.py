@@ -105,11 +105,16 @@ def read_until(connection: socket.socket, end: bytes) -> bytes:
 
 @contextmanager
 def running(
-    *flags: str, python_flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    *flags: str,
+    python_flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    stdout: IO[str] | int = subprocess.DEVNULL,
 ) -> Iterator[Server]:
     """`app.py` with these flags, on loopback and free ports unless the flags say otherwise."""
     command = [sys.executable, *python_flags, "app.py", "--host=127.0.0.1", "--http_port=0", "--grpc_port=0", *flags]
-    with subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, cwd=PROJECT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stderr
         try:
             yield Server(process, process.stderr)

@@ -28,6 +28,8 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "host": ("127.0.0.1", "::1"),
         "device": ("cpu", "cuda"),
         "enable_grpc_reflection": ("true", "false"),
+        "configure_logging": ("false", "true"),
+        "log_format": ("json", "text"),
     }.get(name, ("123", "321"))
 
     assert parse_settings([], {environment_variable(name): text}) == parse_settings([f"--{name}={text}"], {})
@@ -107,6 +109,7 @@ def test_the_model_dir_is_a_path() -> None:
         ([], {"SERVING_HTTP_PORT": "-1"}, "SERVING_HTTP_PORT must lie between 0 and 65535, not -1"),
         ([], {"PORT": "tcp://10.0.0.1:80"}, "PORT must be a whole number, not tcp://10.0.0.1:80"),
         (["--enable_grpc_reflection=maybe"], {}, "--enable_grpc_reflection must be true or false, not maybe"),
+        (["--access_log_format=%(h"], {}, "--access_log_format must be a format for %: incomplete format key, not %(h"),
         (["--device=gpu"], {}, "--device must be one of auto, cpu, cuda, not gpu"),
         (["--model_name=a/b"], {}, "--model_name must be a name without slash, colon or blank, not a/b"),
         (["--predictor=iris"], {}, "--predictor must be module:Class, not iris"),

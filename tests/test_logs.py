@@ -1,0 +1,263 @@
+"""Logging of a running server: the line a request, formats, levels and configurations written for KServe."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+
+from tests.conftest import grpc_call
+from tests.servers import Server, running, start_failing
+
+ECHO = "--predictor=tests.predictors:Echo"
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
+PAYLOAD = "c2VjcmV0IHBheWxvYWQ"
+
+# In the manner of KServe's documentation: classes and loggers are uvicorn's.
+KSERVE_CONFIGURATION: dict[str, Any] = {
+    "version": 1,
+    "formatters": {
+        "default": {
+            "()": "uvicorn.logging.DefaultFormatter",
+            "fmt": "MINE %(levelprefix)s|%(name)s|%(message)s",
+            "use_colors": None,
+        },
+        "access": {
+            "()": "uvicorn.logging.AccessFormatter",
+            "fmt": "MINE %(levelprefix)s|%(client_addr)s|%(request_line)s|%(status_code)s",
+        },
+    },
+    "handlers": {
+        "default": {"class": "logging.StreamHandler", "formatter": "default", "stream": "ext://sys.stderr"},
+        "access": {"class": "logging.StreamHandler", "formatter": "access", "stream": "ext://sys.stdout"},
+    },
+    "loggers": {
+        "": {"handlers": ["default"], "level": "INFO"},
+        "uvicorn": {"handlers": ["default"], "level": "INFO"},
+        "uvicorn.error": {"level": "INFO"},
+        "uvicorn.access": {"handlers": ["access"], "level": "INFO", "propagate": False},
+    },
+}
+KSERVE_INI = """
+[loggers]
+keys=root,access
+[handlers]
+keys=default,access
+[formatters]
+keys=default,access
+[logger_root]
+level=INFO
+handlers=default
+[logger_access]
+level=INFO
+handlers=access
+qualname=uvicorn.access
+propagate=0
+[handler_default]
+class=StreamHandler
+formatter=default
+args=(sys.stderr,)
+[handler_access]
+class=StreamHandler
+formatter=access
+args=(sys.stdout,)
+[formatter_default]
+class=uvicorn.logging.DefaultFormatter
+format=MINE %(levelprefix)s|%(name)s|%(message)s
+[formatter_access]
+class=uvicorn.logging.AccessFormatter
+format=MINE %(levelprefix)s|%(client_addr)s|%(request_line)s|%(status_code)s
+"""
+
+
+def output(
+    tmp_path: Path, ask: Callable[[Server], Any], *flags: str, **environment: str
+) -> tuple[list[str], list[str]]:
+    """Lines of standard output and standard error of a server that was asked something."""
+    with (
+        (tmp_path / "stdout").open("w") as file,
+        running(ECHO, *flags, environment={**os.environ, **environment}, stdout=file) as server,
+    ):
+        ask(server)
+        assert server.stop() == 0
+    return (tmp_path / "stdout").read_text().splitlines(), [line.rstrip("\n") for line in server.log]
+
+
+def ask_both(google: ModuleType) -> Callable[[Server], None]:
+    """A REST call that fails and a gRPC call that does not."""
+
+    def ask(server: Server) -> None:
+        server.post("/v1/models/custom-model:predict?a=b%0Ac", json.dumps({"instances": [{"x": {"b64": PAYLOAD}}]}))
+        for port in (server.grpc_port, server.http_port):
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                grpc_call(channel, google, "ServerLive", google.ServerLiveRequest())
+                with pytest.raises(grpc.RpcError):
+                    grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name="nope"))
+
+    return ask
+
+
+def test_every_request_of_either_protocol_is_a_line_on_standard_output(tmp_path: Path, google: ModuleType) -> None:
+    lines, _ = output(tmp_path, ask_both(google))
+
+    start = rf"{TIME} uvicorn\.access INFO:     127\.0\.0\.1:\d+ \d+ - "
+    service = "/inference.GRPCInferenceService"
+    for line, end in zip(
+        lines,
+        [
+            '"POST /v1/models/custom-model:predict?a=b%0Ac HTTP/1.1" 400 Bad Request',
+            f'"POST {service}/ServerLive HTTP/2" OK',
+            f'"POST {service}/ModelReady HTTP/2" NOT_FOUND',
+            f'"POST {service}/ServerLive HTTP/2" OK',
+            f'"POST {service}/ModelReady HTTP/2" NOT_FOUND',
+        ],
+        strict=True,
+    ):
+        assert re.fullmatch(start + re.escape(end), line), line
+
+
+def test_what_the_server_has_to_say_is_on_standard_error_in_kserves_format(tmp_path: Path) -> None:
+    _, lines = output(tmp_path, lambda server: server.get("/"))
+
+    for line in lines:
+        assert re.match(rf"{TIME} \d+ [\w.]+ (INFO|WARNING) \[\w+\.py:\w+\(\):\d+\] ", line), line
+
+
+def test_nothing_of_a_body_is_logged(tmp_path: Path, google: ModuleType) -> None:
+    for flags in ([], ["--log_format=json"], ["--access_log_format=%(request_line)s %({content-type}i)s"]):
+        out, err = output(tmp_path, ask_both(google), *flags, KSERVE_LOGLEVEL="debug")
+        assert not [line for line in out + err if PAYLOAD in line or "secret" in line]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml", ".ini", ".conf"])
+def test_a_configuration_written_for_kserve_works_unchanged(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"logging{suffix}"
+    if suffix == ".json":
+        file.write_text(json.dumps(KSERVE_CONFIGURATION))
+    elif suffix.startswith(".y"):
+        file.write_text(yaml.safe_dump(KSERVE_CONFIGURATION))
+    else:
+        file.write_text(KSERVE_INI)
+
+    out, err = output(tmp_path, lambda server: server.get("/v1/models"), f"--log_config_file={file}")
+
+    assert len(out) == 1
+    assert re.fullmatch(r"MINE INFO:    \|127\.0\.0\.1:\d+\|GET /v1/models HTTP/1\.1\|200 OK", out[0])
+    assert re.match(r"MINE INFO:    \|serving\.lifecycle\|ready after", err[0])
+    assert err[-1] == "MINE INFO:    |serving.lifecycle|stopped"
+
+
+def test_a_format_of_ones_own_has_asgi_loggers_atoms(tmp_path: Path) -> None:
+    atoms = ["h", "m", "U", "q", "H", "s", "st", "status_code", "request_line", "r", "R", "b", "B", "p", "a", "f", "l",
+             "{x-mine}i", "{X-Mine}i", "{content-type}o", "{SERVING_TEST}e", "{absent}i", "nonsense"]  # fmt: skip
+    form = "|".join(f"%({atom})s" for atom in atoms)
+
+    def ask(server: Server) -> None:
+        server.post("/v1/models?a=1", "{}", x_mine="yes", user_agent="tester")
+
+    (line,), _ = output(tmp_path, ask, f"--access_log_format={form}", SERVING_TEST="here")
+
+    found = dict(zip(atoms, line.split("|"), strict=True))
+    pid = found.pop("p")
+    assert re.fullmatch(r"<\d+>", pid)
+    assert found == {
+        "h": "127.0.0.1",
+        "m": "POST",
+        "U": "/v1/models",
+        "q": "a=1",
+        "H": "HTTP/1.1",
+        "s": "405",
+        "st": "Method Not Allowed",
+        "status_code": "405 Method Not Allowed",
+        "request_line": "POST /v1/models?a=1 HTTP/1.1",
+        "r": "POST /v1/models HTTP/1.1",
+        "R": "POST /v1/models?a=1 HTTP/1.1",
+        "b": "30",
+        "B": "30",
+        "a": "tester",
+        "f": "-",
+        "l": "-",
+        "{x-mine}i": "yes",
+        "{X-Mine}i": "yes",
+        "{content-type}o": "application/json",
+        "{SERVING_TEST}e": "here",
+        "{absent}i": "-",
+        "nonsense": "-",
+    }
+
+
+def test_times_of_a_request_are_in_seconds_milliseconds_and_microseconds(tmp_path: Path) -> None:
+    form = "%(T)s %(M)s %(D)s %(L)s"
+
+    (line,), _ = output(tmp_path, lambda server: server.get("/"), f"--access_log_format={form}")
+
+    seconds, milliseconds, microseconds, decimal = line.split()
+    assert int(seconds) == int(milliseconds) // 1000 == int(microseconds) // 1_000_000
+    assert float(decimal) == pytest.approx(int(microseconds) / 1e6, abs=2e-6)
+
+
+def test_json_has_one_object_a_line(tmp_path: Path, google: ModuleType) -> None:
+    out, err = output(tmp_path, ask_both(google), "--log_format=json")
+
+    entries = [json.loads(line) for line in out + err]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*(set(entry) for entry in entries))
+    assert len([entry for entry in entries if entry["logger"] == "uvicorn.access"]) == 5
+    assert entries[-1]["message"] == "stopped"
+
+
+def test_json_keeps_an_exception_on_its_line(tmp_path: Path) -> None:
+    body = json.dumps({"instances": ["RuntimeError"]})
+    with running("--predictor=tests.predictors:Failing", "--log_format=json") as server:
+        server.predict(body)
+        server.stop()
+
+    (entry,) = [entry for line in server.log if "exception" in (entry := json.loads(line))]
+    assert (entry["level"], entry["message"]) == ("ERROR", "an inference failed")
+    assert entry["exception"].endswith("RuntimeError: the secret of the text")
+
+
+def test_the_level_is_kserves_variable(tmp_path: Path) -> None:
+    _, quiet = output(tmp_path, lambda server: server.get("/"))
+    assert [line for line in quiet if "stopped" in line]
+
+    code, lines = start_failing(ECHO, "--http_port=0", environment={**os.environ, "KSERVE_LOGLEVEL": "loud"})
+    assert code == 2
+    assert lines == ["app.py: KSERVE_LOGLEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not LOUD"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("absent.json", None),
+        ("bad.json", "{"),
+        ("bad.yaml", "a: [b"),
+        ("bad.ini", "[loggers]"),
+        ("odd.json", '{"version": 9}'),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_stops_the_start_with_one_line(
+    name: str, text: str | None, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+
+    code, lines = start_failing(ECHO, f"--log_config_file={tmp_path / name}")
+
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"app.py: --log_config_file={tmp_path / name} cannot be used: ")
+
+
+def test_the_ini_of_these_tests_is_one_that_pythons_parser_reads() -> None:
+    parser = configparser.RawConfigParser()
+    parser.read_string(KSERVE_INI)
+
+    assert parser["formatter_access"]["class"] == "uvicorn.logging.AccessFormatter"
