@@ -38,7 +38,7 @@ class DataPlane:
         self.under_way = 0
         self.draining = asyncio.Event()
         self._settings = settings
-        self._workers = ThreadPoolExecutor(settings.threads or available_cpus(), "worker")
+        self._workers = ThreadPoolExecutor(settings.max_asyncio_workers or available_cpus(), "worker")
         self._engine = ThreadPoolExecutor(1, "engine")
         self._at_model = 0
         metrics.watch(lambda: self.under_way, lambda: self._at_model)

@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from serving.dataplane import DataPlane
-from serving.errors import DrainCut
+from serving.errors import BadSetting, DrainCut
 from serving.metrics import Metrics
 from serving.models import Models, make_model
 from serving.settings import Settings
@@ -33,12 +34,14 @@ def run(settings: Settings) -> None:
     """Serve until a signal, and answer what was accepted before it. Raises StartError."""
     for number in STOP_SIGNALS:
         signal.signal(number, _leave)  # nothing is accepted yet, so nothing is lost
+    loop_factory = _loop_factory(settings.event_loop)
     http = HttpServer(settings)
     model = make_model(settings)
     model.load()
     dataplane = DataPlane(Models([model]), settings, Metrics())
     try:
-        asyncio.run(_serve(http, dataplane, settings))
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(_serve(http, dataplane, settings))
     finally:
         dataplane.close()
 
@@ -47,24 +50,23 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    services: list[Service] = [InferenceService(dataplane), HealthService(dataplane)]
-    if settings.enable_grpc_reflection:
-        services.append(ReflectionService())
-    grpc = GrpcServer(services, settings)
-    await grpc.start()
+    services = _services(dataplane, settings)
+    grpc = GrpcServer(services, settings) if services else None
+    if grpc:
+        await grpc.start()
     http.listen()
     logger.info(
-        "ready after %.2f s: model %s, HTTP port %d, gRPC port %d",
+        "ready after %.2f s: model %s, HTTP port %d, %s%s",
         _age_seconds(),
         ", ".join(dataplane.models.names),
         http.port,
-        grpc.port,
+        f"gRPC port {grpc.port}" if grpc else "no gRPC",
+        f", of which the platform wants {settings.protocol}" if settings.protocol else "",
     )
     async with asyncio.TaskGroup() as tasks:
-        listeners = [
-            tasks.create_task(http.serve(make_http_app(dataplane, services, settings), stop)),
-            tasks.create_task(grpc.serve(stop)),
-        ]
+        listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, settings), stop))]
+        if grpc:
+            listeners.append(tasks.create_task(grpc.serve(stop)))
         await stop.wait()
         dataplane.draining.set()
         logger.info("stopping: %d requests to answer", dataplane.under_way)
@@ -75,6 +77,26 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
     if unanswered:
         raise DrainCut(f"stopped with {unanswered} requests unanswered: see --grace_period_seconds")
     logger.info("stopped")
+
+
+def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:
+    if not settings.enable_grpc:
+        return []
+    services: list[Service] = [InferenceService(dataplane), HealthService(dataplane)]
+    if settings.enable_grpc_reflection:
+        services.append(ReflectionService())
+    return services
+
+
+def _loop_factory(event_loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """None is asyncio's own."""
+    if event_loop != "uvloop":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        raise BadSetting("--event_loop=uvloop, but uvloop is not installed: `pip install uvloop`") from None
+    return uvloop.new_event_loop
 
 
 def _age_seconds() -> float:

@@ -74,6 +74,11 @@ class Settings:
     host: str = _setting("", "address to listen on; empty means every interface, IPv4 and IPv6")
     http_port: int = _setting(8080, "port of REST; 0 takes a free one; PORT in the environment is the default", _port)
     grpc_port: int = _setting(8081, "port of gRPC; 0 takes a free one", _port)
+    enable_grpc: bool = _setting(True, "true or false; without it there is no gRPC port, and no gRPC on the HTTP port")
+    protocol: str = _setting(
+        "", "v1, v2 or grpc-v2, as KServe's PROTOCOL says it; checked and logged only, since all are served at once",
+        _one_of("v1", "v2", "grpc-v2"),
+    )  # fmt: skip
     cors_allow_origins: str = _setting(
         "", "web pages that may call, as origins separated by commas; * is every one, as in the tutorial; else none"
     )
@@ -84,9 +89,16 @@ class Settings:
         "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",
         _one_of("auto", "cpu", "cuda"),
     )  # fmt: skip
-    threads: int = _setting(
-        0, "threads that run the model, and threads that decode images; 0 means one a CPU of the quota",
-        _between(0, 1024),
+    threads: int = _setting(0, "threads that run the model; 0 means one a CPU of the quota", _between(0, 1024))
+    max_asyncio_workers: int = _setting(
+        0, "threads that decode requests and encode answers; 0 means one a CPU of the quota", _between(0, 1024)
+    )
+    max_threads: int = _setting(
+        4, "accepted for KServe's sake and without effect: gRPC takes no threads here", _between(1, 1024)
+    )
+    event_loop: str = _setting(
+        "auto", "auto, asyncio or uvloop; auto is asyncio, uvloop must be installed beside the requirements",
+        _one_of("auto", "asyncio", "uvloop"),
     )  # fmt: skip
     configure_logging: bool = _setting(
         True, "true or false; without it nothing is logged but by what a predictor configures"
@@ -164,6 +176,8 @@ def _source(name: str, given: Mapping[str, str], environment: Mapping[str, str])
         published = environment.get("PORT", "")
         grpc_port = _source("grpc_port", given, environment)[1] or str(Settings().grpc_port)
         return "PORT", published if published != grpc_port else ""
+    if name == "protocol":
+        return "PROTOCOL", environment.get("PROTOCOL", "").lower()
     if name == "model_name":
         return "K_SERVICE", re.sub(r"-predictor(-.*)?$", "", environment.get("K_SERVICE", ""))
     return variable, ""

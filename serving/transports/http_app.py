@@ -28,7 +28,7 @@ NO_LIMIT = sys.maxsize
 
 
 def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: Settings) -> ASGIApp:
-    """`services` are those of the gRPC port, which the HTTP port answers as well."""
+    """`services` are those of the gRPC port, which the HTTP port answers as well; none where gRPC is off."""
     rest = Starlette(
         routes=[*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)],
         middleware=_cors(settings.cors_allow_origins),
@@ -42,7 +42,7 @@ def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: S
     guarded_grpc = BodyGuard(GrpcOverHttp(services, settings), NO_LIMIT)  # it limits each message
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await (guarded_grpc if _is_grpc(scope) else guarded_rest)(scope, receive, send)
+        await (guarded_grpc if services and _is_grpc(scope) else guarded_rest)(scope, receive, send)
 
     return AccessLog(app, settings.access_log_format)
 
