@@ -23,7 +23,7 @@ START_SECONDS = 60
 STOP_SECONDS = 60
 SETTLE_SECONDS = 20
 
-READY = re.compile(r"ready after (?P<seconds>[\d.]+) s: .* HTTP port (?P<http>\d+), gRPC port (?P<grpc>\d+)")
+READY = re.compile(r"ready after (?P<seconds>[\d.]+) s: .* HTTP port (?P<http>\d+), (gRPC port (?P<grpc>\d+)|no gRPC)")
 
 
 class Server:
@@ -37,7 +37,7 @@ class Server:
         self._reader.start()
         ready = self.wait_for_line(READY)
         self.ready_seconds = float(ready["seconds"])
-        self.http_port, self.grpc_port = int(ready["http"]), int(ready["grpc"])
+        self.http_port, self.grpc_port = int(ready["http"]), int(ready["grpc"] or 0)
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
 

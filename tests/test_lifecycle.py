@@ -40,7 +40,9 @@ def gate(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def gated(tmp_path: Path, *flags: str, predictor: str = "Gated") -> Any:
-    return running(f"--predictor=tests.predictors:{predictor}", f"--model_dir={tmp_path}", "--threads=4", *flags)
+    return running(
+        f"--predictor=tests.predictors:{predictor}", f"--model_dir={tmp_path}", "--max_asyncio_workers=4", *flags
+    )
 
 
 def rest(server: Server, instance: str) -> Any:
@@ -239,6 +241,37 @@ def test_cuda_that_cannot_be_had_ends_the_start_with_its_code_and_one_line(model
 
     assert (code, len(lines)) == (6, 1)
     assert lines[0].startswith("app.py: --device=cuda, but CUDA cannot be had")
+
+
+def test_without_grpc_no_port_answers_it(google: ModuleType) -> None:
+    with running(ECHO, "--enable_grpc=false") as server:
+        with grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel, pytest.raises(grpc.RpcError) as error:
+            grpc_call(channel, google, "ServerLive", google.ServerLiveRequest())
+        assert server.get("/v2/health/ready").json() == {"ready": True}
+        assert server.stop() == 0
+
+    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert server.grpc_port == 0
+
+
+def test_uvloop_serves_and_stops_as_asyncio_does(
+    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    gates = [gate("rest"), gate("grpc")]
+    with gated(tmp_path, "--event_loop=uvloop") as server, ThreadPoolExecutor() as clients:
+        answers = [clients.submit(rest, server, "rest"), clients.submit(grpc_infer, server, google, "grpc")]
+        with gates[0].open("wb"), gates[1].open("wb"):
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait_for_line(STOPPING)[1] == "2"
+        assert [answer.result() is not None for answer in answers] == [True, True]
+        assert server.wait() == 0
+
+
+def test_the_protocol_that_the_platform_names_is_logged() -> None:
+    with running(ECHO, environment={**os.environ, "PROTOCOL": "V2"}) as server:
+        server.stop()
+
+    assert [line for line in server.log if line.endswith("of which the platform wants v2\n")]
 
 
 def test_settings_are_taken_from_the_environment(model_dir: Path) -> None:

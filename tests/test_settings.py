@@ -27,7 +27,10 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "predictor": ("a:B", "b:C"),
         "host": ("127.0.0.1", "::1"),
         "device": ("cpu", "cuda"),
+        "enable_grpc": ("false", "true"),
         "enable_grpc_reflection": ("true", "false"),
+        "protocol": ("v1", "v2"),
+        "event_loop": ("asyncio", "uvloop"),
         "configure_logging": ("false", "true"),
         "log_format": ("json", "text"),
     }.get(name, ("123", "321"))
@@ -63,6 +66,11 @@ def test_port_moves_rest_unless_it_is_the_grpc_port_or_a_setting_says_otherwise(
     settings = parse_settings(arguments, environment)
 
     assert (settings.http_port, settings.grpc_port) == (http_port, grpc_port)
+
+
+@pytest.mark.parametrize("text", ["v1", "V1", "V2", "grpc-v2"])
+def test_the_protocol_that_kserve_names_may_be_in_any_case(text: str) -> None:
+    assert parse_settings([], {"PROTOCOL": text}).protocol == text.lower()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +116,8 @@ def test_the_model_dir_is_a_path() -> None:
         (["--http_port=65536"], {}, "--http_port must lie between 0 and 65535, not 65536"),
         ([], {"SERVING_HTTP_PORT": "-1"}, "SERVING_HTTP_PORT must lie between 0 and 65535, not -1"),
         ([], {"PORT": "tcp://10.0.0.1:80"}, "PORT must be a whole number, not tcp://10.0.0.1:80"),
+        ([], {"PROTOCOL": "v3"}, "PROTOCOL must be one of v1, v2, grpc-v2, not v3"),
+        (["--event_loop=trio"], {}, "--event_loop must be one of auto, asyncio, uvloop, not trio"),
         (["--enable_grpc_reflection=maybe"], {}, "--enable_grpc_reflection must be true or false, not maybe"),
         (["--access_log_format=%(h"], {}, "--access_log_format must be a format for %: incomplete format key, not %(h"),
         (["--device=gpu"], {}, "--device must be one of auto, cpu, cuda, not gpu"),
