@@ -7,6 +7,7 @@ since the engine uses all cores for one batch. The event loop only waits.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 import uuid
@@ -19,12 +20,14 @@ from typing import TypeVar
 
 from serving.cpus import available_cpus
 from serving.errors import InternalError, InvalidInput, Overloaded, ServingError, TooLarge
+from serving.logs import REQUEST_ID, TRACE
 from serving.metrics import Metrics
 from serving.models import Model, Models
 from serving.predictor import Request, Response, Rows
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
+trace = logging.getLogger(TRACE)
 
 T = TypeVar("T")
 
@@ -71,15 +74,19 @@ class DataPlane:
 
         Raises ServingError. Cancelled, it gives up what has not started.
         """
+        latency = _Latency(self.metrics)
         with self._admitted():
-            model, request, rows = await _run(self._workers, partial(self._prepare, decode))
+            model, request, rows = await _run(self._workers, partial(self._prepare, decode, latency))
             self._at_model += 1
             try:
-                work = partial(self._predict, model, request, rows, time.perf_counter())
+                work = partial(self._predict, model, request, rows, latency, time.perf_counter())
                 predictions = await _run(self._engine, work)
             finally:
                 self._at_model -= 1
-            return await _run(self._workers, partial(self._answer, model, request, predictions, encode))
+            answer = await _run(self._workers, partial(self._answer, model, request, predictions, encode, latency))
+        if self._settings.enable_latency_logging:
+            trace.info("requestId: %s, %s", REQUEST_ID.get() or "N.A.", latency)
+        return answer
 
     def close(self) -> None:
         """Ends the threads without waiting for work that is still running."""
@@ -96,7 +103,7 @@ class DataPlane:
         finally:
             self.under_way -= 1
 
-    def _prepare(self, decode: Callable[[], Request]) -> tuple[Model, Request, Rows]:
+    def _prepare(self, decode: Callable[[], Request], latency: _Latency) -> tuple[Model, Request, Rows]:
         with self.metrics.stage("decode"):
             request = decode()
             model = self.models.get_ready(request.model_name)
@@ -107,23 +114,43 @@ class DataPlane:
             if model.predictor.outputs:
                 _check_outputs(request, {spec.name for spec in model.predictor.outputs})
             request = replace(request, id=request.id or str(uuid.uuid4()))
-            with self.metrics.handler("preprocess", model.name):
+            with latency.of("preprocess", model.name):
                 return model, request, model.predictor.preprocess(request)
 
-    def _predict(self, model: Model, request: Request, rows: Rows, queued_at: float) -> Rows:
+    def _predict(self, model: Model, request: Request, rows: Rows, latency: _Latency, queued_at: float) -> Rows:
         self.metrics.queued(queued_at)
         self.metrics.run(model.name, request.rows)
-        with self.metrics.stage("infer"), self.metrics.handler("predict", model.name):
+        with self.metrics.stage("infer"), latency.of("predict", model.name):
             return model.predictor.predict(rows)
 
-    def _answer(self, model: Model, request: Request, predictions: Rows, encode: Callable[[Response], T]) -> T:
+    def _answer(
+        self, model: Model, request: Request, predictions: Rows, encode: Callable[[Response], T], latency: _Latency
+    ) -> T:
         with self.metrics.stage("encode"):
-            with self.metrics.handler("postprocess", model.name):
+            with latency.of("postprocess", model.name):
                 response = model.predictor.postprocess(predictions, request)
             outputs = {tensor.name: tensor for tensor in response.outputs}
             _check_outputs(request, outputs.keys())
             chosen = [outputs[output.name] for output in request.outputs] or response.outputs
             return encode(replace(response, outputs=chosen, model_name=model.name, id=request.id))
+
+
+class _Latency:
+    """Milliseconds of one request in each handler, as KServe logs them; in its histograms as well."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._milliseconds = {"preprocess": 0.0, "explain": 0.0, "predict": 0.0, "postprocess": 0.0}
+
+    @contextmanager
+    def of(self, handler: str, model_name: str) -> Iterator[None]:
+        started_at = time.perf_counter()
+        with self._metrics.handler(handler, model_name):
+            yield
+        self._milliseconds[handler] = round((time.perf_counter() - started_at) * 1000, 9)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{handler}_ms: {value:g}" for handler, value in self._milliseconds.items())
 
 
 def _check_outputs(request: Request, offered: Set[str]) -> None:
@@ -136,7 +163,8 @@ def _check_outputs(request: Request, offered: Set[str]) -> None:
 
 
 async def _run(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(pool, _guarded, work)
+    context = contextvars.copy_context()  # the request's id, for what is logged on the thread
+    return await asyncio.get_running_loop().run_in_executor(pool, context.run, _guarded, work)
 
 
 def _guarded(work: Callable[[], T]) -> T:
@@ -146,5 +174,5 @@ def _guarded(work: Callable[[], T]) -> T:
     except ServingError:
         raise
     except Exception:
-        logger.exception("an inference failed")
+        logger.exception("an inference failed, request %s", REQUEST_ID.get() or "N.A.")
         raise InternalError from None

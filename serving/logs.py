@@ -11,6 +11,7 @@ import json
 import logging
 import logging.config
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -20,6 +21,10 @@ from serving.settings import Settings
 
 ACCESS = "uvicorn.access"
 FORMATTED_ACCESS = "access"  # where KServe's --access_log_format writes
+TRACE = "kserve.trace"
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+"""The client's x-request-id, of the request that is being answered."""
+
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 RESET = "\033[0m"
@@ -66,6 +71,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if REQUEST_ID.get():
+            entry["request_id"] = REQUEST_ID.get()
         entry |= {name: value for name, value in vars(record).items() if name not in self.STANDARD}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
@@ -132,11 +139,14 @@ def _default_configuration(level: str, log_format: str) -> dict[str, Any]:
             '"%(request_line)s" %(status_code)s',
             "datefmt": DATE_FORMAT,
         },
+        "trace": {"format": "%(asctime)s.%(msecs)03d %(process)d %(name)s %(message)s", "datefmt": DATE_FORMAT},
         "bare": {"format": "%(message)s"},
     }
     if log_format == "json":
         formatters = {name: {"()": f"{__name__}.JsonFormatter"} for name in formatters}
-    streams = {"default": "ext://sys.stderr", "access": "ext://sys.stdout", "bare": "ext://sys.stdout"}
+    streams = dict.fromkeys(("default", "trace"), "ext://sys.stderr") | dict.fromkeys(
+        ("access", "bare"), "ext://sys.stdout"
+    )
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -148,6 +158,7 @@ def _default_configuration(level: str, log_format: str) -> dict[str, Any]:
         "root": {"handlers": ["default"], "level": level},
         "loggers": {
             ACCESS: {"handlers": ["access"], "level": "INFO", "propagate": False},
+            TRACE: {"handlers": ["trace"], "level": "INFO", "propagate": False},
             FORMATTED_ACCESS: {"handlers": ["bare"], "level": "INFO", "propagate": False},
             "hypercorn.error": {"level": "WARNING"},  # its start-up lines repeat ours
         },

@@ -100,6 +100,9 @@ class Settings:
         "auto", "auto, asyncio or uvloop; auto is asyncio, uvloop must be installed beside the requirements",
         _one_of("auto", "asyncio", "uvloop"),
     )  # fmt: skip
+    enable_latency_logging: bool = _setting(
+        True, "true or false; a line an inference with the milliseconds of each handler, by the logger kserve.trace"
+    )
     configure_logging: bool = _setting(
         True, "true or false; without it nothing is logged but by what a predictor configures"
     )

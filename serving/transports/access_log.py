@@ -11,14 +11,17 @@ from typing import Any
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.logs import ACCESS, FORMATTED_ACCESS, status_phrase
+from serving.logs import ACCESS, FORMATTED_ACCESS, REQUEST_ID, status_phrase
+
+REQUEST_ID_HEADER = b"x-request-id"
+MOST_ID_BYTES = 200
 
 plain = logging.getLogger(ACCESS)
 formatted = logging.getLogger(FORMATTED_ACCESS)
 
 
 class AccessLog:
-    """Pure ASGI middleware; `write` is for who serves without ASGI."""
+    """Pure ASGI middleware, which also carries x-request-id through; `write` is for who serves without ASGI."""
 
     def __init__(self, app: ASGIApp, access_log_format: str) -> None:
         self._app = app
@@ -29,13 +32,19 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         started_at = time.perf_counter()
+        request_id = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")[:MOST_ID_BYTES]
+        REQUEST_ID.set(request_id.decode("latin-1"))  # of this task alone
         status: int | str = 0
-        sent_bytes, response_headers = 0, ()
+        sent_bytes = 0
+        response_headers: list[tuple[bytes, bytes]] = []
 
         async def seen(message: Message) -> None:
             nonlocal status, sent_bytes, response_headers
             if message["type"] == "http.response.start":
-                status, response_headers = message["status"], message.get("headers", ())
+                response_headers = list(message.get("headers", ()))
+                if request_id:
+                    response_headers.append((REQUEST_ID_HEADER, request_id))
+                status, message = message["status"], {**message, "headers": response_headers}
             elif message["type"] == "http.response.trailers":
                 status = _grpc_status(message["headers"])
             sent_bytes += len(message.get("body", b""))
@@ -57,8 +66,9 @@ def write(
 ) -> None:
     """A line in the given format, else in uvicorn's; no line has anything of a body. A gRPC status is its name."""
     if not access_log_format:
-        client = ":".join(map(str, scope["client"])) if scope.get("client") else ""
-        plain.info('%s - "%s %s HTTP/%s" %s', client, scope["method"], _target(scope), scope["http_version"], status)
+        plain.info(
+            '%s - "%s %s HTTP/%s" %s', _address(scope), scope["method"], _target(scope), scope["http_version"], status
+        )
         return
     formatted.info(access_log_format, Atoms(scope, status, sent_bytes, response_headers, seconds))
 
@@ -82,7 +92,7 @@ class Atoms(dict[str, Any]):
         super().__init__(
             headers,
             h=client[0],
-            client_addr=f"{client[0]}:{client[1]}",
+            client_addr=_address(scope),
             t=time.strftime("[%d/%b/%Y:%H:%M:%S %z]"),
             r=f"{scope['method']} {path} {protocol}",
             R=request_line,
@@ -109,6 +119,11 @@ class Atoms(dict[str, Any]):
         if name.startswith("{") and name.endswith("}e"):
             return os.environ.get(name[1:-2], "-")
         return str(self[name.lower()]) if name.startswith("{") and name != name.lower() else "-"
+
+
+def _address(scope: Mapping[str, Any]) -> str:
+    host, port = scope.get("client") or ("-", 0)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _target(scope: Mapping[str, Any]) -> str:

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
 
 from serving.errors import PortInUse
+from serving.logs import REQUEST_ID
 from serving.settings import Settings
 from serving.transports import access_log
 from serving.transports.grpc_messages import Service, Stream, Unary, status_of
@@ -78,18 +80,22 @@ LineOf = Callable[[Context], AbstractContextManager[_Ended]]
 
 @contextmanager
 def _logged(path: str, access_log_format: str, context: Context) -> Iterator[_Ended]:
-    ended, started_at = _Ended(), time.perf_counter()
+    ended, started_at, metadata = _Ended(), time.perf_counter(), _metadata(context)
+    request_id = metadata.get("x-request-id", "")[: access_log.MOST_ID_BYTES]
+    if request_id:
+        context.set_trailing_metadata((("x-request-id", request_id),))
+    REQUEST_ID.set(request_id)
     try:
         yield ended
     finally:
         host, _, port = context.peer().partition(":")[2].rpartition(":")
         call = {
-            "client": (host, int(port)) if port.isdigit() else None,
+            "client": (unquote(host).strip("[]"), int(port)) if port.isdigit() else None,
             "method": "POST",
             "raw_path": path.encode(),
             "query_string": b"",
             "http_version": "2",
-            "headers": [(name.encode(), value.encode()) for name, value in _metadata(context).items()],
+            "headers": [(name.encode(), value.encode()) for name, value in metadata.items()],
         }
         seconds = time.perf_counter() - started_at
         access_log.write(access_log_format, call, ended.status.name, ended.sent_bytes, (), seconds)
