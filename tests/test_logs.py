@@ -221,8 +221,62 @@ def test_json_keeps_an_exception_on_its_line(tmp_path: Path) -> None:
         server.stop()
 
     (entry,) = [entry for line in server.log if "exception" in (entry := json.loads(line))]
-    assert (entry["level"], entry["message"]) == ("ERROR", "an inference failed")
+    assert (entry["level"], entry["message"]) == ("ERROR", "an inference failed, request N.A.")
     assert entry["exception"].endswith("RuntimeError: the secret of the text")
+
+
+def test_every_inference_says_how_long_each_handler_took(tmp_path: Path) -> None:
+    body = json.dumps({"instances": [1]})
+
+    _, lines = output(tmp_path, lambda server: [server.predict(body), server.predict(body, x_request_id="mine")])
+
+    number = r"[\d.e-]+"
+    line = rf"preprocess_ms: {number}, explain_ms: 0, predict_ms: {number}, postprocess_ms: {number}"
+    first, second = (line for line in lines if "kserve.trace" in line)
+    assert re.fullmatch(rf"{TIME} \d+ kserve\.trace requestId: N\.A\., {line}", first)
+    assert re.fullmatch(rf"{TIME} \d+ kserve\.trace requestId: mine, {line}", second)
+
+
+def test_without_the_flag_no_latencies_are_logged(tmp_path: Path) -> None:
+    body = json.dumps({"instances": [1]})
+
+    _, lines = output(tmp_path, lambda server: server.predict(body), "--enable_latency_logging=false")
+
+    assert not [line for line in lines if "kserve.trace" in line]
+
+
+def test_a_request_id_comes_back_on_every_answer_and_on_its_log_lines(tmp_path: Path, google: ModuleType) -> None:
+    answers: list[Any] = []
+
+    def ask(server: Server) -> None:
+        for body in (json.dumps({"instances": [1]}), "{"):
+            answers.append(server.predict(body, x_request_id="mine").headers["x-request-id"])
+        for port in (server.grpc_port, server.http_port):
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                    "/inference.GRPCInferenceService/ServerLive"
+                )
+                _, done = call.with_call(b"", timeout=10, metadata=(("x-request-id", "mine"),))
+                metadata = [*(done.initial_metadata() or ()), *(done.trailing_metadata() or ())]
+                answers.append(dict(metadata)["x-request-id"])
+        assert "x-request-id" not in server.get("/").headers
+
+    out, err = output(tmp_path, ask, "--log_format=json")
+
+    assert answers == ["mine"] * 4
+    entries = [json.loads(line) for line in out + err]
+    assert [entry["logger"] for entry in entries if entry.get("request_id") == "mine"] == [
+        *["uvicorn.access"] * 4,
+        "kserve.trace",
+    ]
+
+
+def test_a_failure_is_logged_with_its_request_id() -> None:
+    with running("--predictor=tests.predictors:Failing") as server:
+        server.predict(json.dumps({"instances": ["RuntimeError"]}), x_request_id="mine")
+        server.stop()
+
+    assert [line for line in server.log if line.endswith("an inference failed, request mine\n")]
 
 
 def test_the_level_is_kserves_variable(tmp_path: Path) -> None:

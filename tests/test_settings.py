@@ -32,6 +32,7 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "protocol": ("v1", "v2"),
         "event_loop": ("asyncio", "uvloop"),
         "configure_logging": ("false", "true"),
+        "enable_latency_logging": ("false", "true"),
         "log_format": ("json", "text"),
     }.get(name, ("123", "321"))
 
