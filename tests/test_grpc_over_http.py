@@ -182,7 +182,7 @@ def test_a_call_ends_at_its_deadline(tmp_path: Path, gate: Callable[[str], Path]
     with gated(tmp_path) as server, grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel:
         request = image_request(google, b"held").SerializeToString()
         with ThreadPoolExecutor() as clients:
-            answer = clients.submit(code_of, channel, request, timeout=0.5)
+            answer = clients.submit(code_of, channel, request, timeout=3)
             with held.open("wb"):
                 assert answer.result()[0] == "DEADLINE_EXCEEDED"
                 wait_for(lambda: ended(server) == {("grpc", "cancelled"): 1}, server)
