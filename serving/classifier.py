@@ -62,33 +62,35 @@ class Classifier(Predictor):
 
     def postprocess(self, predictions: Rows, request: Request) -> Response:
         """The requested outputs, `output-0` if none is; and, as the tutorial's model, how long it all took."""
+        logits = predictions["logits"]
+        order = np.argsort(-logits, axis=1, kind="stable")
         requested = request.outputs or (RequestedOutput(DEFAULT_OUTPUT),)
-        outputs = [self._output(output, predictions["logits"]) for output in requested]
+        outputs = [self._output(output, logits, order) for output in requested]
         milliseconds = (time.perf_counter() - request.started_at) * 1000
         return Response(outputs, {"prediction-time-latency": str(round(milliseconds, 9))})
 
-    def _output(self, output: RequestedOutput, logits: NDArray[np.float32]) -> Tensor:
+    def _output(self, output: RequestedOutput, logits: NDArray[np.float32], order: NDArray[np.int64]) -> Tensor:
+        """One output of the rows; `order` has each row's classes, the highest first."""
+        values = _softmax(logits) if output.name == "probabilities" else logits
         classes = output.parameters.get("classification")
         if classes is not None:
-            return self._classification(output.name, classes, logits)
+            return self._classification(output.name, classes, values, order)
         if output.name == "logits":
             return Tensor(output.name, logits)
-        highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
+        highest = order[:, :TOP]
         if output.name == "indices":
             return Tensor(output.name, highest)
         if output.name == "labels":
             return Tensor(output.name, self.labels[highest])
-        values = _softmax(logits) if output.name == "probabilities" else logits
         return Tensor(output.name, np.take_along_axis(values, highest, axis=1))
 
-    def _classification(self, name: str, classes: Any, logits: NDArray[np.float32]) -> Tensor:
+    def _classification(self, name: str, classes: Any, values: NDArray[np.float32], order: NDArray[np.int64]) -> Tensor:
         """Triton's extension: the highest classes of each row as `value:index:label`."""
         if name in ("indices", "labels"):
             raise InvalidInput(f"output '{name}' cannot be classified: request {DEFAULT_OUTPUT} or probabilities so")
         if not isinstance(classes, int) or isinstance(classes, bool) or not 1 <= classes <= len(self.labels):
             raise InvalidInput(f"output '{name}': classification must be a number from 1 to {len(self.labels)}")
-        values = _softmax(logits) if name == "probabilities" else logits
-        highest = np.argsort(-logits, axis=1, kind="stable")[:, :classes]
+        highest = order[:, :classes]
         texts = np.empty(highest.shape, object)
         for (row, column), index in np.ndenumerate(highest):
             texts[row, column] = b"%f:%d:%s" % (values[row, index], index, self.labels[index])
