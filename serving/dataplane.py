@@ -144,10 +144,14 @@ class _Latency:
 
     @contextmanager
     def of(self, handler: str, model_name: str) -> Iterator[None]:
+        """Times one call of it, also where it raises."""
         started_at = time.perf_counter()
-        with self._metrics.handler(handler, model_name):
+        try:
             yield
-        self._milliseconds[handler] = round((time.perf_counter() - started_at) * 1000, 9)
+        finally:
+            seconds = time.perf_counter() - started_at
+            self._metrics.handled(handler, model_name, seconds)
+            self._milliseconds[handler] = round(seconds * 1000, 9)
 
     def __str__(self) -> str:
         return ", ".join(f"{handler}_ms: {value:g}" for handler, value in self._milliseconds.items())

@@ -66,11 +66,9 @@ class Metrics:
             "serving_model_info", "1 for each model, ready or not", ["model_name", "platform"], registry=self._registry
         )
 
-    @contextmanager
-    def handler(self, name: str, model_name: str) -> Iterator[None]:
-        """Times one call of a predictor's handler, also where it raises."""
-        with self._handlers[name].labels(model_name).time():
-            yield
+    def handled(self, name: str, model_name: str, seconds: float) -> None:
+        """One call of a predictor's handler has ended."""
+        self._handlers[name].labels(model_name).observe(seconds)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

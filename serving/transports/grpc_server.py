@@ -67,50 +67,51 @@ class GrpcServer:
 
 
 @dataclass(slots=True)
-class _Ended:
-    """What the access line says of a call; a handler fills it in."""
+class _Call:
+    """One call, and what the access line says of its end, which its handler fills in."""
 
+    metadata: dict[str, str]
     status: grpc.StatusCode = grpc.StatusCode.CANCELLED
     sent_bytes: int = 0
 
 
 Context = grpc.aio.ServicerContext[Any, Any]
-LineOf = Callable[[Context], AbstractContextManager[_Ended]]
+LineOf = Callable[[Context], AbstractContextManager[_Call]]
 
 
 @contextmanager
-def _logged(path: str, access_log_format: str, context: Context) -> Iterator[_Ended]:
-    ended, started_at, metadata = _Ended(), time.perf_counter(), _metadata(context)
-    request_id = metadata.get("x-request-id", "")[: access_log.MOST_ID_BYTES]
+def _logged(path: str, access_log_format: str, context: Context) -> Iterator[_Call]:
+    call, started_at = _Call(_metadata(context)), time.perf_counter()
+    request_id = call.metadata.get("x-request-id", "")[: access_log.MOST_ID_BYTES]
     if request_id:
         context.set_trailing_metadata((("x-request-id", request_id),))
     REQUEST_ID.set(request_id)
     try:
-        yield ended
+        yield call
     finally:
         host, _, port = context.peer().partition(":")[2].rpartition(":")
-        call = {
+        scope = {
             "client": (unquote(host).strip("[]"), int(port)) if port.isdigit() else None,
             "method": "POST",
             "raw_path": path.encode(),
             "query_string": b"",
             "http_version": "2",
-            "headers": [(name.encode(), value.encode()) for name, value in metadata.items()],
+            "headers": [(name.encode(), value.encode()) for name, value in call.metadata.items()],
         }
         seconds = time.perf_counter() - started_at
-        access_log.write(access_log_format, call, ended.status.name, ended.sent_bytes, (), seconds)
+        access_log.write(access_log_format, scope, call.status.name, call.sent_bytes, (), seconds)
 
 
 def _unary(method: Unary, line_of: LineOf) -> Any:
     async def answer(message: bytes, context: Context) -> bytes:
-        with line_of(context) as ended:
+        with line_of(context) as call:
             try:
-                response = await method(message, _metadata(context))
-                ended.status, ended.sent_bytes = grpc.StatusCode.OK, len(response)
+                response = await method(message, call.metadata)
+                call.status, call.sent_bytes = grpc.StatusCode.OK, len(response)
                 return response
             except Exception as error:
-                ended.status, text = status_of(error)
-            return await context.abort(ended.status, text)
+                call.status, text = status_of(error)
+            return await context.abort(call.status, text)
 
     # No deserializer: grpc would answer what it raises with UNKNOWN and its text.
     return grpc.unary_unary_rpc_method_handler(answer)
@@ -120,15 +121,15 @@ def _stream(method: Stream, line_of: LineOf) -> Any:
     """Also for methods of one request: on the wire they are streams as well."""
 
     async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        with line_of(context) as ended:
+        with line_of(context) as call:
             try:
-                async for message in method(messages, _metadata(context)):
-                    ended.sent_bytes += len(message)
+                async for message in method(messages, call.metadata):
+                    call.sent_bytes += len(message)
                     yield message
-                ended.status = grpc.StatusCode.OK
+                call.status = grpc.StatusCode.OK
             except Exception as error:
-                ended.status, text = status_of(error)
-                await context.abort(ended.status, text)
+                call.status, text = status_of(error)
+                await context.abort(call.status, text)
 
     return grpc.stream_stream_rpc_method_handler(answer)
 
