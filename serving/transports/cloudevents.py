@@ -9,6 +9,7 @@ from typing import Any
 
 from serving.errors import InvalidInput
 from serving.predictor import Response
+from serving.transports.rest_json import media_type
 
 STRUCTURED_TYPE = "application/cloudevents+json"
 REQUIRED = ("specversion", "id", "source", "type")
@@ -30,6 +31,9 @@ def data_of(payload: Any, headers: Mapping[str, str]) -> Any:
 
 def answer(content: Any, response: Response, headers: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
     """The content in an event of its own where the request was one, and the headers that say so."""
+    structured, binary = _is_structured(headers), all(f"ce-{name}" in headers for name in REQUIRED)
+    if not (structured or binary):
+        return content, {"content-type": "application/json"}
     attributes = {
         "specversion": "1.0",
         "id": str(uuid.uuid4()),
@@ -37,13 +41,11 @@ def answer(content: Any, response: Response, headers: Mapping[str, str]) -> tupl
         "type": "io.kserve.inference.response",
         "time": datetime.now(UTC).isoformat(),
     }
-    if _is_structured(headers):
+    if structured:
         return {**attributes, "data": content}, {"content-type": STRUCTURED_TYPE}
-    described = {"content-type": "application/json"}
-    if all(f"ce-{name}" in headers for name in REQUIRED):
-        described |= {f"ce-{name}": value for name, value in attributes.items()}
-    return content, described
+    described = {f"ce-{name}": value for name, value in attributes.items()}
+    return content, {"content-type": "application/json", **described}
 
 
 def _is_structured(headers: Mapping[str, str]) -> bool:
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == STRUCTURED_TYPE
+    return media_type(headers) == STRUCTURED_TYPE

@@ -26,9 +26,14 @@ JSON_TYPES = {
 }
 
 
+def media_type(headers: Mapping[str, str]) -> str:
+    """The content type without its parameters; empty where there is none."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def body_type(headers: Mapping[str, str], images: bool = False) -> str:
     """`json`, or `image` where those are welcome. Raises UnsupportedMediaType."""
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = media_type(headers)
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed: send it without Content-Encoding")
     if content_type in JSON_TYPES:
