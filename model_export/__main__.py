@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from model_export.errors import ExportError
+from serving.logs import banner
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> int:
     file = export.write(model, card, arguments.output, check)
     step(f"{file} is ready: {card.architecture}, weights {card.weights}, {card.precision}")
     if card.warning:
-        print(f"{'=' * 100}\n{card.warning}\n{'=' * 100}")
+        print(*banner(card.warning), sep="\n")
     return 0
 
 

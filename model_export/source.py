@@ -11,6 +11,7 @@ import torch
 
 from model_export.errors import BadRequest, WeightsMissing
 from model_export.vision import torchvision
+from serving.logs import banner
 
 LOGITS_STD = 5.0
 
@@ -47,8 +48,8 @@ def load_source(architecture: str, weights: str) -> Source:
         try:
             model, weights = _pretrained(architecture, entry)
         except WeightsMissing as error:
-            print(f"{error}\n{'=' * 100}\nTaking UNTRAINED weights instead (seeded:0): the answers will be meaningless")
-            print("=" * 100)
+            warning = "Taking UNTRAINED weights instead (seeded:0): the answers will be meaningless"
+            print(error, *banner(warning), sep="\n")
             model, weights = _seeded(architecture, 0, preset.crop_size[0]), "seeded:0"
     elif weights == "pretrained":
         model, weights = _pretrained(architecture, entry)

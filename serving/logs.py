@@ -79,6 +79,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str, ensure_ascii=False)
 
 
+def banner(text: str) -> list[str]:
+    """Lines that nobody can miss."""
+    rule = "=" * 100
+    return [rule, text, rule]
+
+
 def status_phrase(status: Any) -> str:
     """`200 OK`, or what there is of it."""
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from serving.errors import ModelMissing, ModelNotFound, ModelNotReady, PredictorBroken, StartError, one_line
+from serving.logs import banner
 from serving.predictor import Predictor
 from serving.settings import Settings
 
@@ -35,7 +36,7 @@ class Model:
                 f"{type(self.predictor).__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
             ) from error
         if self.predictor.warning:
-            for line in ("=" * 100, f"{self.name}: {self.predictor.warning}", "=" * 100):
+            for line in banner(f"{self.name}: {self.predictor.warning}"):
                 logger.warning(line)
         self.ready = True
 
