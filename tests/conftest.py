@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,17 @@ def channel(request: pytest.FixtureRequest, server: Server) -> Iterator[grpc.Cha
     port = server.grpc_port if request.param == "gRPC port" else server.http_port
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a FIFO that tests.predictors' Gated waits at; opening it to write means a request is inside."""
+
+    def make(name: str) -> Path:
+        os.mkfifo(tmp_path / name)
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture(scope="session")

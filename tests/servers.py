@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +23,7 @@ START_SECONDS = 60
 STOP_SECONDS = 60
 SETTLE_SECONDS = 20
 
-READY = re.compile(r"ready after (?P<seconds>[\d.]+) s: .* HTTP port (?P<http>\d+), (gRPC port (?P<grpc>\d+)|no gRPC)")
+READY = re.compile(r"ready after [\d.]+ s: .* HTTP port (?P<http>\d+), (gRPC port (?P<grpc>\d+)|no gRPC)")
 
 
 class Server:
@@ -35,8 +35,9 @@ class Server:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, args=(stderr,), daemon=True)
         self._reader.start()
+
+    def wait_until_ready(self) -> None:
         ready = self.wait_for_line(READY)
-        self.ready_seconds = float(ready["seconds"])
         self.http_port, self.grpc_port = int(ready["http"]), int(ready["grpc"] or 0)
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
@@ -59,6 +60,11 @@ class Server:
         while (line := self._lines.get(timeout=STOP_SECONDS)) is not None:
             self.log.append(line)
         return code
+
+    def end(self) -> None:
+        """At the latest now; its standard error is read to the end, before it may be closed."""
+        self.process.kill()
+        self._reader.join(STOP_SECONDS)
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30)
@@ -116,10 +122,19 @@ def running(
         command, cwd=PROJECT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stderr
+        server = Server(process, process.stderr)
         try:
-            yield Server(process, process.stderr)
+            server.wait_until_ready()
+            yield server
         finally:
-            process.kill()
+            server.end()
+
+
+def gated(tmp_path: Path, *flags: str, predictor: str = "Gated") -> AbstractContextManager[Server]:
+    """A server whose requests wait at FIFOs in `tmp_path`, which the fixture `gate` makes."""
+    return running(
+        f"--predictor=tests.predictors:{predictor}", f"--model_dir={tmp_path}", "--max_asyncio_workers=4", *flags
+    )
 
 
 def start_failing(*flags: str, environment: Mapping[str, str] | None = None) -> tuple[int, list[str]]:

@@ -17,10 +17,8 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 
 from proto.generated.descriptors import SERVICES
-from tests.servers import Server, running
-from tests.test_lifecycle import gate, gated, rest
-
-__all__ = ["gate"]  # a fixture
+from tests.servers import Server, gated, running
+from tests.test_lifecycle import rest
 
 ECHO = "--predictor=tests.predictors:Echo"
 INFERENCE = "inference.GRPCInferenceService"

@@ -24,12 +24,10 @@ import httpx
 import pytest
 
 from tests.pictures import CAT, v1_request
-from tests.servers import Server, running
+from tests.servers import Server, gated, running
 from tests.test_grpc import image_request
-from tests.test_lifecycle import STOPPING, gate, gated
+from tests.test_lifecycle import STOPPING
 from tests.test_metrics import ended, wait_for
-
-__all__ = ["gate"]  # a fixture
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 LIVE = "/inference.GRPCInferenceService/ServerLive"

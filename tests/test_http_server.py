@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.servers import Server, read_until, running, start_failing
+from tests.servers import Server, gated, read_until, running, start_failing
 
 GATED_REQUEST = (
     b'POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\n{"instances": ["%s"]}'
@@ -29,34 +29,36 @@ def test_a_connection_that_its_client_closed_is_closed(server: Server) -> None:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_connection_left_while_its_request_is_answered_is_closed(reset: bool, tmp_path: Path) -> None:
-    with running("--predictor=tests.predictors:Gated", f"--model_dir={tmp_path}") as server:
+def test_a_connection_left_while_its_request_is_answered_is_closed(
+    reset: bool, tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    with gated(tmp_path) as server:
         server.get("/")
         before = server.descriptors()
 
         for number in range(20):
-            gate = tmp_path / f"gate {number:02}"
-            os.mkfifo(gate)
+            held = gate(f"gate {number:02}")
             with server.connect() as connection:
-                connection.sendall(GATED_REQUEST % gate.name.encode())
-                with gate.open("wb"):  # opens when the request is being answered
+                connection.sendall(GATED_REQUEST % held.name.encode())
+                with held.open("wb"):  # opens when the request is being answered
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
                     connection.close()
 
         server.wait_for_descriptors(before)
 
 
-def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(tmp_path: Path) -> None:
-    with running("--predictor=tests.predictors:Gated", f"--model_dir={tmp_path}") as server:
+def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(
+    tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    with gated(tmp_path) as server:
         server.get("/")
         before = server.descriptors()
 
         for number in range(10):
-            gate = tmp_path / f"gate {number:02}"
-            os.mkfifo(gate)
-            body = f'{{"instances": ["{gate.name}"]}}'
+            held = gate(f"gate {number:02}")
+            body = f'{{"instances": ["{held.name}"]}}'
             url = f"{server.url}/v1/models/custom-model:predict"
-            with subprocess.Popen(["curl", "-sS", "--http2-prior-knowledge", "-d", body, url]) as curl, gate.open("wb"):
+            with subprocess.Popen(["curl", "-sS", "--http2-prior-knowledge", "-d", body, url]) as curl, held.open("wb"):
                 curl.kill()
 
         server.wait_for_descriptors(before)

@@ -22,27 +22,10 @@ import pytest
 
 from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
-from tests.servers import PROJECT, Server, read_until, running, start_failing
+from tests.servers import PROJECT, Server, gated, read_until, running, start_failing
 
 STOPPING = re.compile(r"stopping: (\d+) requests to answer")
 IMPORTED = re.compile(r"^import time:.*\| +(\S+)$")
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a FIFO that tests.predictors' Gated waits at; opening it to write means a request is inside."""
-
-    def make(name: str) -> Path:
-        os.mkfifo(tmp_path / name)
-        return tmp_path / name
-
-    return make
-
-
-def gated(tmp_path: Path, *flags: str, predictor: str = "Gated") -> Any:
-    return running(
-        f"--predictor=tests.predictors:{predictor}", f"--model_dir={tmp_path}", "--max_asyncio_workers=4", *flags
-    )
 
 
 def rest(server: Server, instance: str) -> Any:
@@ -292,11 +275,12 @@ def test_the_procfiles_command_serves(model_dir: Path) -> None:
         ["bash", "-c", command], cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr
+        server = Server(process, process.stderr)
         try:
-            server = Server(process, process.stderr)
+            server.wait_until_ready()
             assert server.get("/v1/models").json() == {"models": ["custom-model"]}
             assert server.stop() == 0
         finally:
-            process.kill()
+            server.end()
 
     assert name == "web"

@@ -18,11 +18,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
-from tests.servers import Server, running
+from tests.servers import Server, gated, running
 from tests.test_grpc import image_request
-from tests.test_lifecycle import gate, gated, grpc_infer, rest
-
-__all__ = ["gate"]  # a fixture
+from tests.test_lifecycle import grpc_infer, rest
 
 KSERVES_BUCKETS = "0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, +Inf"
 FAILING = "--predictor=tests.predictors:Failing"
