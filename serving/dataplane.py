@@ -22,8 +22,8 @@ from serving.cpus import available_cpus
 from serving.errors import InternalError, InvalidInput, Overloaded, ServingError, TooLarge
 from serving.logs import REQUEST_ID, TRACE
 from serving.metrics import Metrics
-from serving.models import Model, Models
-from serving.predictor import Request, Response, Rows
+from serving.predictor import Predictor, Request, Response, Rows
+from serving.repository import Repository
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -35,23 +35,17 @@ T = TypeVar("T")
 class DataPlane:
     """Owns the threads and the count of requests under way; `close` when both listeners have stopped."""
 
-    def __init__(self, models: Models, settings: Settings, metrics: Metrics) -> None:
-        self.models = models
+    def __init__(self, repository: Repository, settings: Settings, metrics: Metrics) -> None:
+        self.repository = repository
         self.metrics = metrics
         self.under_way = 0
-        self.draining = asyncio.Event()
         self._settings = settings
         self._workers = ThreadPoolExecutor(settings.max_asyncio_workers or available_cpus(), "worker")
         self._engine = ThreadPoolExecutor(1, "engine")
         self._at_model = 0
         metrics.watch(lambda: self.under_way, lambda: self._at_model)
-        for name in models.names:
-            metrics.model(name, models.get(name).predictor.platform)
-
-    @property
-    def ready(self) -> bool:
-        """Whether an inference would be answered now."""
-        return self.models.ready and not self.draining.is_set()
+        for model in repository:
+            metrics.model(model.name, model.described.platform, partial(getattr, model, "ready"))
 
     @contextmanager
     def counted(self, protocol: str) -> Iterator[None]:
@@ -76,22 +70,27 @@ class DataPlane:
         """
         latency = _Latency(self.metrics)
         with self._admitted():
-            model, request, rows = await _run(self._workers, partial(self._prepare, decode, latency))
+            predictor, request, rows = await _run(self._workers, partial(self._prepare, decode, latency))
             self._at_model += 1
             try:
-                work = partial(self._predict, model, request, rows, latency, time.perf_counter())
+                work = partial(self._predict, predictor, request, rows, latency, time.perf_counter())
                 predictions = await _run(self._engine, work)
             finally:
                 self._at_model -= 1
-            answer = await _run(self._workers, partial(self._answer, model, request, predictions, encode, latency))
+            answer = await _run(self._workers, partial(self._answer, predictor, request, predictions, encode, latency))
         if self._settings.enable_latency_logging:
             trace.info("requestId: %s, %s", REQUEST_ID.get() or "N.A.", latency)
         return answer
 
+    @property
+    def extensions(self) -> list[str]:
+        """Of the Open Inference Protocol, over REST and gRPC."""
+        return ["classification", *(["model_repository_extension"] if self.repository.may_change else [])]
+
     def close(self) -> None:
         """Ends the threads without waiting for work that is still running."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
-        self._engine.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._workers, self._engine):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -103,36 +102,41 @@ class DataPlane:
         finally:
             self.under_way -= 1
 
-    def _prepare(self, decode: Callable[[], Request], latency: _Latency) -> tuple[Model, Request, Rows]:
+    def _prepare(self, decode: Callable[[], Request], latency: _Latency) -> tuple[Predictor, Request, Rows]:
         with self.metrics.stage("decode"):
             request = decode()
-            model = self.models.get_ready(request.model_name)
+            predictor = self.repository.predictor(request.model_name)
             if request.rows == 0:
                 raise InvalidInput("the request has no instances")
             if request.rows > self._settings.max_instances:
                 raise TooLarge(f"{request.rows} instances exceed max_instances ({self._settings.max_instances})")
-            if model.predictor.outputs:
-                _check_outputs(request, {spec.name for spec in model.predictor.outputs})
+            if predictor.outputs:
+                _check_outputs(request, {spec.name for spec in predictor.outputs})
             request = replace(request, id=request.id or str(uuid.uuid4()))
-            with latency.of("preprocess", model.name):
-                return model, request, model.predictor.preprocess(request)
+            with latency.of("preprocess", request.model_name):
+                return predictor, request, predictor.preprocess(request)
 
-    def _predict(self, model: Model, request: Request, rows: Rows, latency: _Latency, queued_at: float) -> Rows:
+    def _predict(self, predictor: Predictor, request: Request, rows: Rows, latency: _Latency, queued_at: float) -> Rows:
         self.metrics.queued(queued_at)
-        self.metrics.run(model.name, request.rows)
-        with self.metrics.stage("infer"), latency.of("predict", model.name):
-            return model.predictor.predict(rows)
+        self.metrics.run(request.model_name, request.rows)
+        with self.metrics.stage("infer"), latency.of("predict", request.model_name):
+            return predictor.predict(rows)
 
     def _answer(
-        self, model: Model, request: Request, predictions: Rows, encode: Callable[[Response], T], latency: _Latency
+        self,
+        predictor: Predictor,
+        request: Request,
+        predictions: Rows,
+        encode: Callable[[Response], T],
+        latency: _Latency,
     ) -> T:
         with self.metrics.stage("encode"):
-            with latency.of("postprocess", model.name):
-                response = model.predictor.postprocess(predictions, request)
+            with latency.of("postprocess", request.model_name):
+                response = predictor.postprocess(predictions, request)
             outputs = {tensor.name: tensor for tensor in response.outputs}
             _check_outputs(request, outputs.keys())
             chosen = [outputs[output.name] for output in request.outputs] or response.outputs
-            return encode(replace(response, outputs=chosen, model_name=model.name, id=request.id))
+            return encode(replace(response, outputs=chosen, model_name=request.model_name, id=request.id))
 
 
 class _Latency:

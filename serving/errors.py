@@ -32,7 +32,7 @@ class InvalidInput(ServingError):
 
 
 class ModelNotFound(ServingError):
-    """No model of that name is served. Raised by models."""
+    """No model of that name is served. Raised by repository."""
 
     http_status = 404
     grpc_status = "NOT_FOUND"
@@ -94,6 +94,17 @@ class ModelNotReady(ServingError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Model with name {name} is not ready.")
+
+
+class LoadFailed(ServingError):
+    """The model cannot be loaded: the log says why, the client is not told. Raised by repository."""
+
+    http_status = 503
+    grpc_status = "FAILED_PRECONDITION"  # KServe's client would repeat the load on UNAVAILABLE
+    outcome = "failed"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Model with name {name} could not be loaded: the server's log says why.")
 
 
 class Overloaded(ServingError):

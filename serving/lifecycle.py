@@ -15,7 +15,8 @@ from types import FrameType
 from serving.dataplane import DataPlane
 from serving.errors import BadSetting, DrainCut
 from serving.metrics import Metrics
-from serving.models import Models, make_model
+from serving.models import make_model
+from serving.repository import Repository
 from serving.settings import Settings
 from serving.transports.grpc_health import HealthService
 from serving.transports.grpc_messages import Service
@@ -38,12 +39,13 @@ def run(settings: Settings) -> None:
     http = HttpServer(settings)
     model = make_model(settings)
     model.load()
-    dataplane = DataPlane(Models([model]), settings, Metrics())
+    dataplane = DataPlane(Repository([model], settings.enable_model_repository), settings, Metrics())
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(_serve(http, dataplane, settings))
     finally:
         dataplane.close()
+        dataplane.repository.close()
 
 
 async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> None:
@@ -58,7 +60,7 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
     logger.info(
         "ready after %.2f s: model %s, HTTP port %d, %s%s",
         _age_seconds(),
-        ", ".join(dataplane.models.names),
+        ", ".join(dataplane.repository.names),
         http.port,
         f"gRPC port {grpc.port}" if grpc else "no gRPC",
         f", of which the platform wants {settings.protocol}" if settings.protocol else "",
@@ -68,7 +70,7 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
         if grpc:
             listeners.append(tasks.create_task(grpc.serve(stop)))
         await stop.wait()
-        dataplane.draining.set()
+        dataplane.repository.drain()
         logger.info("stopping: %d requests to answer", dataplane.under_way)
         _, late = await asyncio.wait(listeners, timeout=settings.grace_period_seconds)
         unanswered = dataplane.under_way  # counted before the cancellation counts them out

@@ -65,6 +65,9 @@ class Metrics:
         self._models = Gauge(
             "serving_model_info", "1 for each model, ready or not", ["model_name", "platform"], registry=self._registry
         )
+        self._ready = Gauge(
+            "serving_model_ready", "1 while the model is loaded", ["model_name"], registry=self._registry
+        )
 
     def handled(self, name: str, model_name: str, seconds: float) -> None:
         """One call of a predictor's handler has ended."""
@@ -96,8 +99,9 @@ class Metrics:
         self._under_way.set_function(under_way)
         self._at_model.set_function(at_model)
 
-    def model(self, name: str, platform: str) -> None:
+    def model(self, name: str, platform: str, ready: Callable[[], bool]) -> None:
         self._models.labels(name, platform).set(1)
+        self._ready.labels(name).set_function(ready)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type, OpenMetrics where the Accept header asks for it; takes a millisecond."""

@@ -1,13 +1,13 @@
-"""Names to models: where a model is found, which predictor serves it, and whether it would answer now."""
+"""A model: where it is found, which predictor serves it, and whether that is loaded."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
+import threading
 from pathlib import Path
 
-from serving.errors import ModelMissing, ModelNotFound, ModelNotReady, PredictorBroken, StartError, one_line
+from serving.errors import ModelMissing, ModelNotReady, PredictorBroken, StartError, one_line
 from serving.logs import banner
 from serving.predictor import Predictor
 from serving.settings import Settings
@@ -18,61 +18,67 @@ MODEL_PLACES = (Path("/mnt/models"), Path(__file__).parent.parent / "model")  # 
 
 
 class Model:
-    """A predictor under the name that clients use; ready once it is loaded."""
+    """A predictor under the name that clients use: a fresh one at each load, ready once that has succeeded.
 
-    def __init__(self, name: str, predictor: Predictor) -> None:
+    A request keeps the predictor that it began with, so what an unload frees is free when the last of them is answered.
+    """
+
+    def __init__(self, name: str, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
         self.name = name
-        self.predictor = predictor
-        self.ready = False
+        self._class = predictor_class
+        self._arguments = (settings, model_dir)
+        self._loaded: Predictor | None = None
+        self._changing = threading.Lock()
+
+    @property
+    def ready(self) -> bool:
+        return self._loaded is not None
+
+    @property
+    def state(self) -> str:
+        """As the index of Triton's model repository says it."""
+        return "READY" if self.ready else "UNAVAILABLE"
+
+    @property
+    def described(self) -> Predictor | type[Predictor]:
+        """For the metadata: of a model that is not loaded, what its class says."""
+        return self._loaded or self._class
+
+    @property
+    def predictor(self) -> Predictor:
+        """Raises ModelNotReady."""
+        if self._loaded is None:
+            raise ModelNotReady(self.name)
+        return self._loaded
 
     def load(self) -> None:
-        """Raises StartError."""
+        """Takes seconds; nothing, where the model is loaded already. Raises StartError."""
+        with self._changing:
+            self._loaded = self._loaded or self._load()
+
+    def unload(self) -> None:
+        with self._changing:
+            self._loaded = None
+
+    def _load(self) -> Predictor:
         try:
-            self.predictor.load()
+            predictor = self._class(*self._arguments)
+            predictor.load()
         except StartError:
             raise
         except Exception as error:
             raise PredictorBroken(
-                f"{type(self.predictor).__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
+                f"{self._class.__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
             ) from error
-        if self.predictor.warning:
-            for line in banner(f"{self.name}: {self.predictor.warning}"):
+        if predictor.warning:
+            for line in banner(f"{self.name}: {predictor.warning}"):
                 logger.warning(line)
-        self.ready = True
-
-
-class Models:
-    """The models that are served, by name, in the order of their registration."""
-
-    def __init__(self, models: Iterable[Model]) -> None:
-        self._models = {model.name: model for model in models}
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._models)
-
-    @property
-    def ready(self) -> bool:
-        return all(model.ready for model in self._models.values())
-
-    def get(self, name: str) -> Model:
-        """Raises ModelNotFound."""
-        try:
-            return self._models[name]
-        except KeyError:
-            raise ModelNotFound(name) from None
-
-    def get_ready(self, name: str) -> Model:
-        """Raises ModelNotFound and ModelNotReady."""
-        model = self.get(name)
-        if not model.ready:
-            raise ModelNotReady(name)
-        return model
+        return predictor
 
 
 def make_model(settings: Settings) -> Model:
     """The model of the settings, not loaded yet. Raises PredictorBroken and ModelMissing."""
-    return Model(settings.model_name, _predictor_class(settings.predictor)(settings, _model_dir(settings)))
+    return Model(settings.model_name, _predictor_class(settings.predictor), settings, _model_dir(settings))
 
 
 def _predictor_class(path: str) -> type[Predictor]:

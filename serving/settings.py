@@ -85,6 +85,9 @@ class Settings:
     enable_grpc_reflection: bool = _setting(
         False, "true or false; with it grpcurl and its like need no .proto files, and anybody may list the methods"
     )
+    enable_model_repository: bool = _setting(
+        False, "true or false; with it clients may unload a model, to free its memory, and load it again"
+    )
     device: str = _setting(
         "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",
         _one_of("auto", "cpu", "cuda"),

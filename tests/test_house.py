@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from tests.servers import PROJECT
 
 FLOORS = {
-    "app": 8,
-    "serving.lifecycle": 7,
-    "serving.transports": 6,
-    "serving.dataplane": 5,
+    "app": 9,
+    "serving.lifecycle": 8,
+    "serving.transports": 7,
+    "serving.dataplane": 6,
+    "serving.repository": 5,
     "serving.models": 4,
     "serving.classifier": 4,
     "serving.predictor": 3,
@@ -33,6 +35,10 @@ FLOORS = {
 NEIGHBOURS = {("serving.settings", "serving.errors"), ("serving.transports", "serving.transports"), ("proto", "proto")}
 LONGEST_FILE_LINES = 250
 MOST_LINES = 3000
+NO_CODE = {
+    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+    *(tokenize.ENCODING, tokenize.ENDMARKER),
+}
 
 RUNTIME = [PROJECT / "app.py", *(PROJECT / "serving").rglob("*.py"), PROJECT / "proto/wire.py"]
 
@@ -56,6 +62,19 @@ def imported_by(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             modules |= {f"{node.module}.{alias.name}" for alias in node.names}
     return modules
+
+
+def code_lines(file: Path) -> set[int]:
+    """As the usual counters count: neither blank, nor comment, nor docstring."""
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    with file.open("rb") as text:
+        tokens = [token for token in tokenize.tokenize(text.readline) if token.type not in NO_CODE]
+    return {line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings
 
 
 @pytest.mark.parametrize("file", RUNTIME, ids=module_of)
@@ -82,6 +101,4 @@ def test_a_file_is_read_in_one_sitting(file: Path) -> None:
 
 
 def test_the_whole_runtime_stays_small() -> None:
-    lines = [line.strip() for file in RUNTIME for line in file.read_text().splitlines()]
-
-    assert len([line for line in lines if line and not line.startswith("#")]) <= MOST_LINES
+    assert sum(len(code_lines(file)) for file in RUNTIME) <= MOST_LINES

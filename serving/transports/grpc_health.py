@@ -24,20 +24,28 @@ class HealthService(Service):
         self.streams = {"Watch": self._watch}
 
     async def _check(self, message: bytes, _: Metadata) -> bytes:
-        return self._response(parse(HealthCheckRequest, message).service)
+        return bytes(HealthCheckResponse(status=self._status(parse(HealthCheckRequest, message).service)))
 
     async def _watch(self, messages: AsyncIterator[bytes], _: Metadata) -> AsyncIterator[bytes]:
         """Ends when the server stops: a stream that stayed open would keep it from stopping."""
         service = parse(HealthCheckRequest, await anext(messages, b"")).service
-        try:
-            yield self._response(service)
-        except ModelNotFound:
-            yield bytes(HealthCheckResponse(status=Status.SERVICE_UNKNOWN))
-        await self._dataplane.draining.wait()
-        yield bytes(HealthCheckResponse(status=Status.NOT_SERVING))
+        told = None
+        while True:
+            changed = self._dataplane.repository.changed  # of now: what changes while the status is told is not missed
+            try:
+                status = self._status(service)
+            except ModelNotFound:
+                status = Status.SERVICE_UNKNOWN
+            if status != told:
+                yield bytes(HealthCheckResponse(status=status))
+                told = status
+            if self._dataplane.repository.draining:
+                return
+            await changed.wait()
 
-    def _response(self, service: str) -> bytes:
-        ready = self._dataplane.ready
+    def _status(self, service: str) -> Status:
+        """Raises ModelNotFound."""
+        ready = self._dataplane.repository.ready
         if service not in ("", SERVICE):
-            ready = self._dataplane.models.get(service).ready and not self._dataplane.draining.is_set()
-        return bytes(HealthCheckResponse(status=Status.SERVING if ready else Status.NOT_SERVING))
+            ready = self._dataplane.repository.get(service).ready and not self._dataplane.repository.draining
+        return Status.SERVING if ready else Status.NOT_SERVING

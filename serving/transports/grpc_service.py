@@ -11,8 +11,6 @@ from serving.tensors import Tensor, TensorSpec, raw_of_tensor, tensor_of_raw, te
 from serving.transports.grpc_messages import Metadata, Service, parse
 
 SERVICE = "inference.GRPCInferenceService"
-EXTENSIONS = ["classification"]
-
 
 # The field of InferTensorContents that carries a datatype. FP16 has none: it travels raw.
 CONTENTS = {
@@ -32,7 +30,7 @@ CONTENTS = {
 
 
 class InferenceService(Service):
-    """The six methods of the Open Inference Protocol."""
+    """The methods of the Open Inference Protocol, and of its repository extension."""
 
     names = (SERVICE,)
 
@@ -46,6 +44,9 @@ class InferenceService(Service):
             "ServerMetadata": self._server_metadata,
             "ModelMetadata": self._model_metadata,
             "ModelInfer": self._model_infer,
+            "RepositoryIndex": self._repository_index,
+            "RepositoryModelLoad": self._repository_model_load,
+            "RepositoryModelUnload": self._repository_model_unload,
         }
 
     async def _server_live(self, message: bytes, _: Metadata) -> bytes:
@@ -54,26 +55,26 @@ class InferenceService(Service):
 
     async def _server_ready(self, message: bytes, _: Metadata) -> bytes:
         parse(pb.ServerReadyRequest, message)
-        return bytes(pb.ServerReadyResponse(ready=self._dataplane.ready))
+        return bytes(pb.ServerReadyResponse(ready=self._dataplane.repository.ready))
 
     async def _model_ready(self, message: bytes, _: Metadata) -> bytes:
-        model = self._dataplane.models.get(parse(pb.ModelReadyRequest, message).name)
+        model = self._dataplane.repository.get(parse(pb.ModelReadyRequest, message).name)
         return bytes(pb.ModelReadyResponse(ready=model.ready))
 
     async def _server_metadata(self, message: bytes, _: Metadata) -> bytes:
         parse(pb.ServerMetadataRequest, message)
-        return bytes(pb.ServerMetadataResponse(name=NAME, version=__version__, extensions=EXTENSIONS))
+        return bytes(pb.ServerMetadataResponse(name=NAME, version=__version__, extensions=self._dataplane.extensions))
 
     async def _model_metadata(self, message: bytes, _: Metadata) -> bytes:
-        model = self._dataplane.models.get(parse(pb.ModelMetadataRequest, message).name)
-        predictor = model.predictor
+        model = self._dataplane.repository.get(parse(pb.ModelMetadataRequest, message).name)
+        described = model.described
         return bytes(
             pb.ModelMetadataResponse(
                 name=model.name,
                 # The message has no room of its own for a warning.
-                platform=f"{predictor.platform}; {predictor.warning}" if predictor.warning else predictor.platform,
-                inputs=[_specification(spec) for spec in predictor.inputs],
-                outputs=[_specification(spec) for spec in predictor.outputs],
+                platform=f"{described.platform}; {described.warning}" if described.warning else described.platform,
+                inputs=[_specification(spec) for spec in described.inputs],
+                outputs=[_specification(spec) for spec in described.outputs],
             )
         )
 
@@ -84,6 +85,24 @@ class InferenceService(Service):
             answer = await self._dataplane.infer(exchange.decode, exchange.encode)
             self._dataplane.metrics.sent("grpc", len(answer))
             return answer
+
+    async def _repository_index(self, message: bytes, _: Metadata) -> bytes:
+        only_ready = parse(pb.RepositoryIndexRequest, message).ready
+        models = [
+            pb.RepositoryIndexResponseModelIndex(name=model.name, state=model.state)
+            for model in self._dataplane.repository.index(only_ready)
+        ]
+        return bytes(pb.RepositoryIndexResponse(models=models))
+
+    async def _repository_model_load(self, message: bytes, _: Metadata) -> bytes:
+        name = parse(pb.RepositoryModelLoadRequest, message).model_name
+        await self._dataplane.repository.load(name)
+        return bytes(pb.RepositoryModelLoadResponse(model_name=name, is_loaded=True))
+
+    async def _repository_model_unload(self, message: bytes, _: Metadata) -> bytes:
+        name = parse(pb.RepositoryModelUnloadRequest, message).model_name
+        await self._dataplane.repository.unload(name)
+        return bytes(pb.RepositoryModelUnloadResponse(model_name=name, is_unloaded=True))
 
 
 class _Exchange:

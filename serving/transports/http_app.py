@@ -17,20 +17,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.dataplane import DataPlane
 from serving.errors import InternalError, ServingError
 from serving.settings import Settings
-from serving.transports import rest_ops, rest_v1, rest_v2
+from serving.transports import rest_ops, rest_repository, rest_v1, rest_v2
 from serving.transports.access_log import AccessLog
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
 from serving.transports.rest_guard import BodyGuard
 from serving.transports.rest_json import error_response, json_response
 
+ROOMS = (rest_ops, rest_v1, rest_v2, rest_repository)
 NO_LIMIT = sys.maxsize
 
 
 def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: Settings) -> ASGIApp:
     """`services` are those of the gRPC port, which the HTTP port answers as well; none where gRPC is off."""
     rest = Starlette(
-        routes=[*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)],
+        routes=[route for room in ROOMS for route in room.routes(dataplane)],
         middleware=_cors(settings.cors_allow_origins),
         exception_handlers={
             ServingError: _serving_error,

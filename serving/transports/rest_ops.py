@@ -20,7 +20,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return json_response({"live": True})
 
     async def ready(_: HttpRequest) -> HttpResponse:
-        return json_response({"ready": dataplane.ready}, 200 if dataplane.ready else 503)
+        return json_response({"ready": dataplane.repository.ready}, 200 if dataplane.repository.ready else 503)
 
     async def metrics(request: HttpRequest) -> HttpResponse:
         accept = request.headers.get("accept", "")

@@ -8,31 +8,32 @@ from starlette.routing import Route
 
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
-from serving.transports.rest_json import body_type, json_response, read_body
+from serving.transports.rest_json import body_type, json_response, read_inference
 from serving.transports.rest_v1_codec import PredictExchange
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
     async def models(_: HttpRequest) -> HttpResponse:
-        return json_response({"models": dataplane.models.names})
+        return json_response({"models": dataplane.repository.names})
 
     async def model(request: HttpRequest) -> HttpResponse:
-        found = dataplane.models.get_ready(request.path_params["model"])
-        return json_response({"name": found.name, "ready": True})
+        name = request.path_params["model"]
+        dataplane.repository.predictor(name)
+        return json_response({"name": name, "ready": True})
 
     async def predict(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v1"):
             name = request.path_params["model"]
-            dataplane.models.get_ready(name)
+            dataplane.repository.predictor(name)
             kind = body_type(request.headers, images=True)
-            body = await read_body(request, dataplane.metrics, "v1")
+            body = await read_inference(request, dataplane.metrics, "v1")
             exchange = PredictExchange(name, dict(request.headers), kind, body)
             answer, headers = await dataplane.infer(exchange.decode, exchange.encode)
             dataplane.metrics.sent("v1", len(answer))
             return HttpResponse(answer, headers=headers)
 
     async def explain(request: HttpRequest) -> HttpResponse:
-        dataplane.models.get_ready(request.path_params["model"])
+        dataplane.repository.predictor(request.path_params["model"])
         raise NotSupported("Could not find explainer_host.")  # KServe's words for a model without an explainer
 
     return [

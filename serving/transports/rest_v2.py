@@ -12,43 +12,45 @@ from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
 from serving.tensors import TensorSpec
-from serving.transports.rest_json import body_type, json_response, read_body
+from serving.transports.rest_json import body_type, json_response, read_inference
 from serving.transports.rest_v2_codec import LENGTH_HEADER, InferExchange
-
-EXTENSIONS = ("binary_tensor_data", "classification")
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
     async def server(_: HttpRequest) -> HttpResponse:
-        return json_response({"name": NAME, "version": __version__, "extensions": EXTENSIONS})
+        return json_response(
+            {"name": NAME, "version": __version__, "extensions": ["binary_tensor_data", *dataplane.extensions]}
+        )
 
     async def models(_: HttpRequest) -> HttpResponse:
-        return json_response({"models": dataplane.models.names})
+        return json_response({"models": dataplane.repository.names})
 
     async def metadata(request: HttpRequest) -> HttpResponse:
-        model = dataplane.models.get(request.path_params["model"])
+        model = dataplane.repository.get(request.path_params["model"])
+        described = model.described
         content: dict[str, Any] = {
             "name": model.name,
             "versions": None,
-            "platform": model.predictor.platform,
-            "inputs": [_specification(spec) for spec in model.predictor.inputs],
-            "outputs": [_specification(spec) for spec in model.predictor.outputs],
+            "platform": described.platform,
+            "inputs": [_specification(spec) for spec in described.inputs],
+            "outputs": [_specification(spec) for spec in described.outputs],
         }
-        if model.predictor.warning:
-            content["warning"] = model.predictor.warning
+        if described.warning:
+            content["warning"] = described.warning
         return json_response(content)
 
     async def ready(request: HttpRequest) -> HttpResponse:
-        model = dataplane.models.get_ready(request.path_params["model"])
-        return json_response({"name": model.name, "ready": True})
+        name = request.path_params["model"]
+        dataplane.repository.predictor(name)
+        return json_response({"name": name, "ready": True})
 
     async def infer(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v2"):
             name = request.path_params["model"]
-            dataplane.models.get_ready(name)
+            dataplane.repository.predictor(name)
             if LENGTH_HEADER not in request.headers:
                 body_type(request.headers)  # JSON, or refused; with that header it is what the header says
-            body = await read_body(request, dataplane.metrics, "v2")
+            body = await read_inference(request, dataplane.metrics, "v2")
             exchange = InferExchange(name, dict(request.headers), body)
             answer, headers = await dataplane.infer(exchange.decode, exchange.encode)
             dataplane.metrics.sent("v2", len(answer))

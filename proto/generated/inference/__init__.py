@@ -16,6 +16,13 @@ __all__ = (
     "ModelMetadataResponseTensorMetadata",
     "ModelReadyRequest",
     "ModelReadyResponse",
+    "RepositoryIndexRequest",
+    "RepositoryIndexResponse",
+    "RepositoryIndexResponseModelIndex",
+    "RepositoryModelLoadRequest",
+    "RepositoryModelLoadResponse",
+    "RepositoryModelUnloadRequest",
+    "RepositoryModelUnloadResponse",
     "ServerLiveRequest",
     "ServerLiveResponse",
     "ServerMetadataRequest",
@@ -256,6 +263,82 @@ class ModelReadyResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("inference", "ModelReadyResponse", ModelReadyResponse)
+
+
+@dataclass(eq=False, repr=False)
+class RepositoryIndexRequest(betterproto2.Message):
+    repository_name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    ready: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+    """
+    Only models that are loaded.
+    """
+
+
+default_message_pool.register_message("inference", "RepositoryIndexRequest", RepositoryIndexRequest)
+
+
+@dataclass(eq=False, repr=False)
+class RepositoryIndexResponse(betterproto2.Message):
+    models: "list[RepositoryIndexResponseModelIndex]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("inference", "RepositoryIndexResponse", RepositoryIndexResponse)
+
+
+@dataclass(eq=False, repr=False)
+class RepositoryIndexResponseModelIndex(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    version: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    state: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    READY or UNAVAILABLE.
+    """
+
+    reason: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message(
+    "inference", "RepositoryIndexResponse.ModelIndex", RepositoryIndexResponseModelIndex
+)
+
+
+@dataclass(eq=False, repr=False)
+class RepositoryModelLoadRequest(betterproto2.Message):
+    model_name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("inference", "RepositoryModelLoadRequest", RepositoryModelLoadRequest)
+
+
+@dataclass(eq=False, repr=False)
+class RepositoryModelLoadResponse(betterproto2.Message):
+    model_name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    is_loaded: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+
+
+default_message_pool.register_message("inference", "RepositoryModelLoadResponse", RepositoryModelLoadResponse)
+
+
+@dataclass(eq=False, repr=False)
+class RepositoryModelUnloadRequest(betterproto2.Message):
+    model_name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("inference", "RepositoryModelUnloadRequest", RepositoryModelUnloadRequest)
+
+
+@dataclass(eq=False, repr=False)
+class RepositoryModelUnloadResponse(betterproto2.Message):
+    model_name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    is_unloaded: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+
+
+default_message_pool.register_message("inference", "RepositoryModelUnloadResponse", RepositoryModelUnloadResponse)
 
 
 @dataclass(eq=False, repr=False)

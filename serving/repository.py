@@ -1,0 +1,106 @@
+"""The models by name, and their state: who would answer now, and the loads and unloads that clients ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from serving.errors import LoadFailed, ModelNotFound, NotSupported, Overloaded, StartError
+from serving.models import Model
+from serving.predictor import Predictor
+
+logger = logging.getLogger(__name__)
+
+MOST_CHANGES = 16  # loads and unloads that wait for their turn
+
+
+class Repository:
+    """The models that are served, in the order of their registration; clients may neither add one nor name a path.
+
+    `changed` is set, and replaced by another event, when the answer to who is ready may have changed.
+    """
+
+    def __init__(self, models: Iterable[Model], may_change: bool) -> None:
+        """`may_change` is --enable_model_repository."""
+        self._models = {model.name: model for model in models}
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._changes = 0
+        self.may_change = may_change
+        self.draining = False
+        self.changed = asyncio.Event()
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    @property
+    def ready(self) -> bool:
+        """Whether an inference would be answered now, of whichever model."""
+        return not self.draining and all(model.ready for model in self)
+
+    def get(self, name: str) -> Model:
+        """Raises ModelNotFound."""
+        try:
+            return self._models[name]
+        except KeyError:
+            raise ModelNotFound(name) from None
+
+    def predictor(self, name: str) -> Predictor:
+        """That of a loaded model. Raises ModelNotFound and ModelNotReady."""
+        return self.get(name).predictor
+
+    def index(self, only_ready: bool) -> list[Model]:
+        """Raises NotSupported."""
+        self._check_may_change()
+        return [model for model in self if model.ready or not only_ready]
+
+    async def load(self, name: str) -> None:
+        """Load the model from where the settings say. Raises NotSupported, ModelNotFound, LoadFailed and Overloaded."""
+        await self._change(name, Model.load)
+
+    async def unload(self, name: str) -> None:
+        """Give the model's memory back, once its requests under way are answered. Raises what `load` raises."""
+        await self._change(name, Model.unload)
+
+    def drain(self) -> None:
+        """From now on not ready, whatever is answered yet."""
+        self.draining = True
+        self._announce()
+
+    def close(self) -> None:
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _check_may_change(self) -> None:
+        if not self.may_change:
+            raise NotSupported("The model repository is off: see --enable_model_repository")
+
+    async def _change(self, name: str, change: Callable[[Model], None]) -> None:
+        """One after the other, and to its end even if its client leaves."""
+        self._check_may_change()
+        model = self.get(name)
+        if self._changes >= MOST_CHANGES:
+            raise Overloaded
+        self._changes += 1
+        work = asyncio.get_running_loop().run_in_executor(self._loader, change, model)
+        work.add_done_callback(partial(self._done, model))
+        try:
+            await asyncio.shield(work)
+        except StartError:
+            raise LoadFailed(name) from None
+
+    def _done(self, model: Model, work: asyncio.Future[None]) -> None:
+        self._changes -= 1
+        if not work.cancelled() and (error := work.exception()):
+            logger.error("%s could not be loaded: %s", model.name, error)
+        logger.info("%s is %s", model.name, "ready" if model.ready else "not loaded")
+        self._announce()
+
+    def _announce(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()

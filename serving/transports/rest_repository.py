@@ -1,0 +1,39 @@
+"""The model repository over REST, as KServe's agent and Triton's clients speak it."""
+
+from __future__ import annotations
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+from starlette.routing import Route
+
+from serving.dataplane import DataPlane
+from serving.transports.rest_json import json_response, parse_json, read_body
+
+
+def routes(dataplane: DataPlane) -> list[Route]:
+    repository = dataplane.repository
+
+    async def index(request: HttpRequest) -> HttpResponse:
+        body = await read_body(request)
+        asked = parse_json(body) if body else {}
+        only_ready = isinstance(asked, dict) and asked.get("ready") is True
+        models = repository.index(only_ready)
+        return json_response(
+            [{"name": model.name, "version": "", "state": model.state, "reason": ""} for model in models]
+        )
+
+    async def load(request: HttpRequest) -> HttpResponse:
+        name = request.path_params["model"]
+        await repository.load(name)
+        return json_response({"name": name, "load": True})
+
+    async def unload(request: HttpRequest) -> HttpResponse:
+        name = request.path_params["model"]
+        await repository.unload(name)
+        return json_response({"name": name, "unload": True})
+
+    return [
+        Route("/v2/repository/index", index, methods=["POST"]),
+        Route("/v2/repository/models/{model}/load", load, methods=["POST"]),
+        Route("/v2/repository/models/{model}/unload", unload, methods=["POST"]),
+    ]
