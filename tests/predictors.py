@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from inspect import signature
 
+import numpy as np
+
 from serving import errors
 from serving.predictor import Predictor, Request, Response, Rows
 from serving.tensors import Tensor
@@ -64,3 +66,14 @@ class GatedLoad(Echo):
     def load(self) -> None:
         assert self.model_dir
         (self.model_dir / "gate").read_bytes()
+
+
+class FromFile(Echo):
+    """Answers every instance with the text of the file `model` in model_dir, as it was when it was loaded."""
+
+    def load(self) -> None:
+        assert self.model_dir
+        self.text = (self.model_dir / "model").read_bytes()
+
+    def predict(self, rows: Rows) -> Rows:
+        return {"rows": np.full(len(rows["rows"]), self.text, object)}

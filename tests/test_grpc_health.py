@@ -104,9 +104,18 @@ def test_the_health_of_what_is_not_there_is_not_found(server: Server, health: Mo
 
 
 @pytest.mark.parametrize("port", PORTS)
-@pytest.mark.parametrize(("service", "first"), [("", SERVING), ("custom-model", SERVING), ("nope", SERVICE_UNKNOWN)])
+@pytest.mark.parametrize(
+    ("service", "before", "after"),
+    [("", SERVING, [NOT_SERVING]), ("custom-model", SERVING, [NOT_SERVING]), ("nope", SERVICE_UNKNOWN, [])],
+)
 def test_a_watcher_hears_of_the_stop_before_the_last_answer(
-    service: str, first: int, port: str, health: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
+    service: str,
+    before: int,
+    after: list[int],
+    port: str,
+    health: ModuleType,
+    tmp_path: Path,
+    gate: Callable[[str], Path],
 ) -> None:
     held = gate("held")
     with (
@@ -115,13 +124,25 @@ def test_a_watcher_hears_of_the_stop_before_the_last_answer(
         on(server, port) as channel,
     ):
         statuses = watch(channel, health, service)
-        assert next(statuses) == first
+        assert next(statuses) == before
         answer = clients.submit(rest, server, "held")
         with held.open("wb"):
             server.process.send_signal(signal.SIGTERM)
-            assert list(statuses) == [NOT_SERVING]
+            assert list(statuses) == after
         assert answer.result().status_code == 200
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize("port", PORTS)
+@pytest.mark.parametrize("service", ["", "custom-model"])
+def test_a_watcher_hears_of_an_unload_and_of_the_load_after_it(service: str, port: str, health: ModuleType) -> None:
+    with running(ECHO, "--enable_model_repository=true") as server, on(server, port) as channel:
+        statuses = watch(channel, health, service)
+        assert next(statuses) == SERVING
+        server.post("/v2/repository/models/custom-model/unload", "")
+        assert next(statuses) == NOT_SERVING
+        server.post("/v2/repository/models/custom-model/load", "")
+        assert next(statuses) == SERVING
 
 
 def test_without_the_flag_there_is_no_reflection(server: Server, reflection: ModuleType) -> None:

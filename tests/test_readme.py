@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.routing import Route
 
 from serving.dataplane import DataPlane
 from serving.errors import ServingError, StartError
 from serving.metrics import Metrics
-from serving.models import Models
+from serving.repository import Repository
 from serving.settings import Settings, default_text, environment_variable
-from serving.transports import rest_ops, rest_v1, rest_v2
 from serving.transports.grpc_service import InferenceService
+from serving.transports.http_app import ROOMS
 from tests.pictures import MODES
 from tests.servers import PROJECT, Server, running
 
@@ -139,8 +138,8 @@ def test_the_settings_are_those_of_the_code() -> None:
 
 
 def test_the_rest_table_has_every_route_of_the_server() -> None:
-    dataplane = DataPlane(Models([]), Settings(), Metrics())
-    found: list[Route] = [*rest_ops.routes(dataplane), *rest_v1.routes(dataplane), *rest_v2.routes(dataplane)]
+    dataplane = DataPlane(Repository([], may_change=False), Settings(), Metrics())
+    found = [route for room in ROOMS for route in room.routes(dataplane)]
     dataplane.close()
 
     shown = {row[0] for row in table("\n## What it answers\n\n")}
@@ -148,7 +147,7 @@ def test_the_rest_table_has_every_route_of_the_server() -> None:
 
 
 def test_the_grpc_table_has_every_method_of_the_server() -> None:
-    dataplane = DataPlane(Models([]), Settings(), Metrics())
+    dataplane = DataPlane(Repository([], may_change=False), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
     dataplane.close()
 

@@ -1,0 +1,244 @@
+"""serving/repository.py: loading and unloading of served models, over REST and gRPC."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from serving.repository import MOST_CHANGES
+from tests.conftest import grpc_call
+from tests.pictures import CAT, v1_request
+from tests.servers import Server, gated, running
+
+ENABLED = "--enable_model_repository=true"
+FROM_FILE = "--predictor=tests.predictors:FromFile"
+MIB = 1024 * 1024
+
+
+class Client:
+    """The repository's methods over one of the protocols; an error is its status and text."""
+
+    def __init__(self, server: Server, google: ModuleType, protocol: str) -> None:
+        self._server, self._google, self._protocol = server, google, protocol
+
+    def load(self, model: str = "custom-model") -> Any:
+        return self._change("Load", model)
+
+    def unload(self, model: str = "custom-model") -> Any:
+        return self._change("Unload", model)
+
+    def index(self, only_ready: bool = False) -> Any:
+        if self._protocol == "REST":
+            answer = self._server.post("/v2/repository/index", json.dumps({"ready": True}) if only_ready else "")
+            return answer.json() if answer.is_success else (answer.status_code, answer.json()["error"])
+        answer = self._call("RepositoryIndex", ready=only_ready)
+        if isinstance(answer, tuple):
+            return answer
+        return [{"name": m.name, "version": m.version, "state": m.state, "reason": m.reason} for m in answer.models]
+
+    def _change(self, verb: str, model: str) -> Any:
+        if self._protocol == "REST":
+            answer = self._server.post(f"/v2/repository/models/{model}/{verb.lower()}", "")
+            return answer.json() if answer.is_success else (answer.status_code, answer.json()["error"])
+        answer = self._call(f"RepositoryModel{verb}", model_name=model)
+        if isinstance(answer, tuple):
+            return answer
+        return {"name": answer.model_name, verb.lower(): getattr(answer, f"is{verb}ed")}
+
+    def _call(self, method: str, **fields: Any) -> Any:
+        try:
+            with grpc.insecure_channel(self._server.grpc_address) as channel:
+                return grpc_call(channel, self._google, method, getattr(self._google, f"{method}Request")(**fields))
+        except grpc.RpcError as error:
+            return error.code().name, error.details()
+
+
+@pytest.fixture(params=["REST", "gRPC"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def alexnet(model_dir: Path) -> Iterator[Server]:
+    with running(ENABLED, f"--model_dir={model_dir}") as server:
+        yield server
+
+
+@pytest.fixture
+def from_file(tmp_path: Path) -> Iterator[Server]:
+    """A model that is the text of a file."""
+    (tmp_path / "model").write_text("first")
+    with running(ENABLED, FROM_FILE, f"--model_dir={tmp_path}") as server:
+        yield server
+
+
+def memory_bytes(server: Server) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def ready(server: Server) -> tuple[int, int, int]:
+    paths = ("/v2/health/ready", "/v2/models/custom-model/ready", "/v1/models/custom-model")
+    one, two, three = (server.get(path).status_code for path in paths)
+    return one, two, three
+
+
+def predicted(server: Server) -> Any:
+    return server.predict('{"instances": [1]}').json()["predictions"]
+
+
+def test_without_the_flag_nothing_can_be_changed(protocol: str, server: Server, google: ModuleType) -> None:
+    client = Client(server, google, protocol)
+
+    refused = (
+        501 if protocol == "REST" else "UNIMPLEMENTED",
+        "The model repository is off: see --enable_model_repository",
+    )
+    assert client.unload() == client.load() == client.index() == refused
+    assert ready(server) == (200, 200, 200)
+
+
+def test_an_unloaded_model_is_not_ready_and_its_memory_is_free(
+    protocol: str, alexnet: Server, google: ModuleType
+) -> None:
+    client = Client(alexnet, google, protocol)
+    before, held = alexnet.predict(v1_request(CAT)).json(), memory_bytes(alexnet)
+
+    assert client.unload() == {"name": "custom-model", "unload": True}
+    assert held - memory_bytes(alexnet) > 150 * MIB  # AlexNet has 244 MB of weights, copied for speed
+    assert ready(alexnet) == (503, 503, 503)
+    refused = alexnet.predict(v1_request(CAT))
+    assert (refused.status_code, refused.json()) == (503, {"error": "Model with name custom-model is not ready."})
+
+    assert client.load() == {"name": "custom-model", "load": True}
+    assert ready(alexnet) == (200, 200, 200)
+    assert alexnet.predict(v1_request(CAT)).json() == before
+
+
+def test_an_unloaded_model_is_unavailable_over_grpc(from_file: Server, google: ModuleType) -> None:
+    client = Client(from_file, google, "gRPC")
+    client.unload()
+
+    with grpc.insecure_channel(from_file.grpc_address) as channel:
+        request = google.ModelReadyRequest(name="custom-model")
+        assert not grpc_call(channel, google, "ModelReady", request).ready
+        with pytest.raises(grpc.RpcError) as error:
+            grpc_call(channel, google, "ModelInfer", google.ModelInferRequest(model_name="custom-model"))
+    assert (error.value.code().name, error.value.details()) == (
+        "UNAVAILABLE",
+        "Model with name custom-model is not ready.",
+    )
+
+
+def test_the_index_has_every_model_and_its_state(protocol: str, from_file: Server, google: ModuleType) -> None:
+    client = Client(from_file, google, protocol)
+    model = {"name": "custom-model", "version": "", "state": "READY", "reason": ""}
+
+    assert client.index() == client.index(only_ready=True) == [model]
+    client.unload()
+    assert client.index() == [{**model, "state": "UNAVAILABLE"}]
+    assert client.index(only_ready=True) == []
+
+
+def test_a_model_that_is_not_served_can_be_neither_loaded_nor_unloaded(
+    protocol: str, from_file: Server, google: ModuleType
+) -> None:
+    client = Client(from_file, google, protocol)
+
+    missing = (404 if protocol == "REST" else "NOT_FOUND", "Model with name nope does not exist.")
+    assert client.load("nope") == client.unload("nope") == missing
+
+
+def test_a_load_takes_what_now_lies_in_the_models_place(from_file: Server, google: ModuleType, tmp_path: Path) -> None:
+    client = Client(from_file, google, "REST")
+    (tmp_path / "model").write_text("second")
+
+    client.load()
+    assert predicted(from_file) == ["first"]  # it is loaded: nothing to do
+    client.unload()
+    client.load()
+    assert predicted(from_file) == ["second"]
+
+
+def test_a_model_that_cannot_be_loaded_stays_unloaded_and_the_log_says_why(
+    protocol: str, from_file: Server, google: ModuleType, tmp_path: Path
+) -> None:
+    client = Client(from_file, google, protocol)
+    client.unload()
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+
+    text = "Model with name custom-model could not be loaded: the server's log says why."
+    assert client.load() == (503 if protocol == "REST" else "FAILED_PRECONDITION", text)
+    from_file.wait_for_line(re.compile("ERROR .* custom-model could not be loaded: FromFile .*No such file"))
+    assert ready(from_file) == (503, 503, 503)
+
+    (tmp_path / "elsewhere").rename(tmp_path / "model")
+    assert client.load() == {"name": "custom-model", "load": True}
+
+
+def test_a_request_under_way_is_answered_by_the_model_that_it_began_with(
+    google: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    held = gate("held")
+    with gated(tmp_path, ENABLED) as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(server.predict, '{"instances": ["held"]}')
+        with held.open("wb"):
+            Client(server, google, "REST").unload()
+
+        assert answer.result().json() == {"predictions": ["held"]}
+
+
+def test_the_server_answers_while_a_model_loads_and_the_load_outlives_its_client(
+    from_file: Server, tmp_path: Path, google: ModuleType
+) -> None:
+    client = Client(from_file, google, "REST")
+    client.unload()
+    (tmp_path / "model").unlink()
+    os.mkfifo(tmp_path / "model")
+    with ThreadPoolExecutor() as clients, httpx.Client(base_url=from_file.url) as leaving:
+        abandoned = clients.submit(
+            lambda: leaving.post("/v2/repository/models/custom-model/load", timeout=httpx.Timeout(30, read=0.5))
+        )
+        with (tmp_path / "model").open("w") as model:  # opens when the load is under way
+            assert from_file.get("/v2/health/live").status_code == 200
+            assert ready(from_file) == (503, 503, 503)
+            with pytest.raises(httpx.ReadTimeout):
+                abandoned.result()
+            model.write("late")
+    from_file.wait_for_line(re.compile("custom-model is ready"))
+
+    assert predicted(from_file) == ["late"]
+
+
+def test_more_changes_than_may_wait_are_refused(from_file: Server, tmp_path: Path, google: ModuleType) -> None:
+    client = Client(from_file, google, "REST")
+    client.unload()
+    (tmp_path / "model").unlink()
+    os.mkfifo(tmp_path / "model")
+    with ThreadPoolExecutor(MOST_CHANGES + 1) as clients:
+        answers = [clients.submit(client.load) for _ in range(MOST_CHANGES + 1)]
+        with (tmp_path / "model").open("w"):
+            refused = next(as_completed(answers, timeout=30))
+            assert refused.result() == (503, "The server is at its limit of concurrent requests; try again.")
+        assert sum(isinstance(answer.result(), dict) for answer in answers) == MOST_CHANGES
+
+
+def test_the_extension_is_named_where_it_is_on(from_file: Server, server: Server) -> None:
+    assert "model_repository_extension" in from_file.get("/v2").json()["extensions"]
+    assert "model_repository_extension" not in server.get("/v2").json()["extensions"]
+
+
+def test_prometheus_hears_which_model_is_loaded(from_file: Server, google: ModuleType) -> None:
+    assert 'serving_model_ready{model_name="custom-model"} 1.0' in from_file.get("/metrics").text
+    Client(from_file, google, "REST").unload()
+    assert 'serving_model_ready{model_name="custom-model"} 0.0' in from_file.get("/metrics").text
