@@ -39,7 +39,7 @@ class DataPlane:
         self.repository = repository
         self.metrics = metrics
         self.under_way = 0
-        self._settings = settings
+        self.settings = settings
         self._workers = ThreadPoolExecutor(settings.max_asyncio_workers or available_cpus(), "worker")
         self._engine = ThreadPoolExecutor(1, "engine")
         self._at_model = 0
@@ -78,7 +78,7 @@ class DataPlane:
             finally:
                 self._at_model -= 1
             answer = await _run(self._workers, partial(self._answer, predictor, request, predictions, encode, latency))
-        if self._settings.enable_latency_logging:
+        if self.settings.enable_latency_logging:
             trace.info("requestId: %s, %s", REQUEST_ID.get() or "N.A.", latency)
         return answer
 
@@ -94,7 +94,7 @@ class DataPlane:
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
-        if self.under_way >= self._settings.max_concurrent_requests:
+        if self.under_way >= self.settings.max_concurrent_requests:
             raise Overloaded
         self.under_way += 1
         try:
@@ -108,8 +108,8 @@ class DataPlane:
             predictor = self.repository.predictor(request.model_name)
             if request.rows == 0:
                 raise InvalidInput("the request has no instances")
-            if request.rows > self._settings.max_instances:
-                raise TooLarge(f"{request.rows} instances exceed max_instances ({self._settings.max_instances})")
+            if request.rows > self.settings.max_instances:
+                raise TooLarge(f"{request.rows} instances exceed max_instances ({self.settings.max_instances})")
             if predictor.outputs:
                 _check_outputs(request, {spec.name for spec in predictor.outputs})
             request = replace(request, id=request.id or str(uuid.uuid4()))

@@ -19,9 +19,12 @@ from serving.errors import BadSetting
 
 ENVIRONMENT_PREFIX = "SERVING_"  # bare names would clash: Kubernetes sets HTTP_PORT=tcp://… for a service named http
 MIB = 1024 * 1024
+KSERVE_VARIABLES = ("protocol", "ce_type", "ce_source", "ce_merge")  # known under their bare names
 BOOLEANS = dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True) | dict.fromkeys(
     ("n", "no", "f", "false", "off", "0"), False
 )  # as KServe's flags take them
+
+TRANSFORMERS = "KServe's --predictor_* flags and --enable_predictor_health_check are for transformers: this is none."
 
 Check = Callable[[Any], str | None]
 
@@ -81,6 +84,15 @@ class Settings:
     )  # fmt: skip
     cors_allow_origins: str = _setting(
         "", "web pages that may call, as origins separated by commas; * is every one, as in the tutorial; else none"
+    )
+    ce_type: str = _setting(
+        "io.kserve.inference.response", "type of the CloudEvents that answer such; CE_TYPE in the environment as well"
+    )
+    ce_source: str = _setting(
+        "", "their source; else io.kserve.inference. and the model's name; CE_SOURCE in the environment as well"
+    )
+    ce_merge: bool = _setting(
+        False, "true or false; with it they take over the request's attributes; CE_MERGE in the environment as well"
     )
     enable_grpc_reflection: bool = _setting(
         False, "true or false; with it grpcurl and its like need no .proto files, and anybody may list the methods"
@@ -182,8 +194,9 @@ def _source(name: str, given: Mapping[str, str], environment: Mapping[str, str])
         published = environment.get("PORT", "")
         grpc_port = _source("grpc_port", given, environment)[1] or str(Settings().grpc_port)
         return "PORT", published if published != grpc_port else ""
-    if name == "protocol":
-        return "PROTOCOL", environment.get("PROTOCOL", "").lower()
+    if name in KSERVE_VARIABLES:
+        text = environment.get(name.upper(), "")
+        return name.upper(), text.lower() if name == "protocol" else text
     if name == "model_name":
         return "K_SERVICE", re.sub(r"-predictor(-.*)?$", "", environment.get("K_SERVICE", ""))
     return variable, ""
@@ -204,6 +217,8 @@ def _convert(source: str, text: str, kind: Any) -> Any:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if re.search("--(enable[-_])?predictor[-_]", message):
+            raise BadSetting(f"{message} ({TRANSFORMERS})")
         raise BadSetting(f"{message} (--help lists the flags)")
 
 
@@ -211,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="app.py",
         description="Serves a model over KServe's REST and gRPC protocols.",
-        epilog="Every flag may be written with - for _.",
+        epilog=f"Every flag may be written with - for _. {TRANSFORMERS}",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

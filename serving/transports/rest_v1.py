@@ -27,7 +27,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
             dataplane.repository.predictor(name)
             kind = body_type(request.headers, images=True)
             body = await read_inference(request, dataplane.metrics, "v1")
-            exchange = PredictExchange(name, dict(request.headers), kind, body)
+            exchange = PredictExchange(name, dict(request.headers), kind, body, dataplane.settings)
             answer, headers = await dataplane.infer(exchange.decode, exchange.encode)
             dataplane.metrics.sent("v1", len(answer))
             return HttpResponse(answer, headers=headers)

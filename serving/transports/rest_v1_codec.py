@@ -8,6 +8,7 @@ from typing import Any
 from serving.errors import InvalidInput
 from serving.image import from_base64
 from serving.predictor import Request, RequestedOutput, Response
+from serving.settings import Settings
 from serving.tensors import Tensor, tensor_of_lists, tensor_of_values
 from serving.transports import cloudevents
 from serving.transports.rest_json import dump_json, parse_json
@@ -20,20 +21,23 @@ SIGNATURES = {"serving_default": (), "predict": (), "classification": CLASSIFICA
 class PredictExchange:
     """One prediction; the form of the answer follows from the request."""
 
-    def __init__(self, model_name: str, headers: Mapping[str, str], kind: str, body: bytes) -> None:
+    def __init__(self, model_name: str, headers: Mapping[str, str], kind: str, body: bytes, settings: Settings) -> None:
         """`kind` is that of rest_json.body_type: json, or image for one encoded picture."""
         self._model_name = model_name
         self._headers = headers
         self._kind = kind
         self._body = body
+        self._settings = settings
+        self._envelope = cloudevents.Envelope()
         self._classification = False
 
     def decode(self) -> Request:
         """Raises InvalidInput."""
+        payload = None if self._kind == "image" else parse_json(self._body)
+        payload, self._envelope = cloudevents.opened(payload, self._headers)
         if self._kind == "image":
             image = tensor_of_values("image", "BYTES", [1], [self._body])
             return Request(self._model_name, (image,), instances=1, headers=self._headers)
-        payload = cloudevents.data_of(parse_json(self._body), self._headers)
         if not isinstance(payload, dict):
             raise InvalidInput('the body must be a JSON object with "instances"')
         instances = payload.get("instances", payload.get("inputs"))
@@ -58,7 +62,7 @@ class PredictExchange:
     def encode(self, response: Response) -> tuple[bytes, dict[str, str]]:
         """The body, and the headers of the response."""
         content = {"predictions": _classes(response) if self._classification else _rows(response)}
-        content, headers = cloudevents.answer(content, response, self._headers)
+        content, headers = self._envelope.around(content, response.model_name, self._settings)
         return dump_json(content), {**response.headers, **headers}
 
 
