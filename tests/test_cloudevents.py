@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.pictures import CAT
 from tests.servers import Server, running
 
 PREDICT = "/v1/models/custom-model:predict"
@@ -64,6 +66,40 @@ def test_an_event_in_headers_is_answered_with_one(echo: Server) -> None:
     assert response.headers["ce-specversion"] == "1.0"
     assert len(response.headers["ce-id"]) == 36
     assert datetime.fromisoformat(response.headers["ce-time"]).tzinfo is not None
+
+
+@pytest.fixture(scope="module")
+def merging() -> Iterator[Server]:
+    variables = {"CE_MERGE": "true", "CE_TYPE": "com.example.answer", "CE_SOURCE": "https://example.com/server"}
+    with running("--predictor=tests.predictors:Echo", environment={**os.environ, **variables}) as server:
+        yield server
+
+
+def test_kserves_variables_give_the_answer_its_type_source_and_the_requests_attributes(merging: Server) -> None:
+    event = {**EVENT, "subject": "cat.jpg", "partition": 7, "datacontenttype": "application/json"}
+
+    answer = post(merging, event, **{"content-type": STRUCTURED}).json()
+
+    assert (answer["type"], answer["source"]) == ("com.example.answer", "https://example.com/server")
+    assert answer.keys() == {*EVENT, "subject", "partition"}
+    assert (answer["subject"], answer["partition"], answer["data"]) == ("cat.jpg", 7, ANSWER)
+    assert answer["id"] != EVENT["id"]
+    assert answer["time"] != EVENT["time"]
+
+
+def test_the_attributes_of_an_event_in_headers_come_back_in_headers(merging: Server) -> None:
+    response = post(merging, DATA, **HEADERS, **{"content-type": "application/json", "ce-subject": "cat.jpg"})
+
+    assert response.json() == ANSWER
+    assert (response.headers["ce-type"], response.headers["ce-subject"]) == ("com.example.answer", "cat.jpg")
+    assert response.headers["ce-id"] != EVENT["id"]
+
+
+def test_a_picture_may_come_as_an_event_in_headers(server: Server) -> None:
+    response = httpx.post(server.url + PREDICT, content=CAT, headers={**HEADERS, "content-type": "image/jpeg"})
+
+    assert len(response.json()["predictions"]) == 1
+    assert response.headers["ce-type"] == "io.kserve.inference.response"
 
 
 def test_half_the_headers_of_an_event_make_a_plain_request(echo: Server) -> None:

@@ -27,14 +27,10 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "predictor": ("a:B", "b:C"),
         "host": ("127.0.0.1", "::1"),
         "device": ("cpu", "cuda"),
-        "enable_grpc": ("false", "true"),
-        "enable_grpc_reflection": ("true", "false"),
         "protocol": ("v1", "v2"),
         "event_loop": ("asyncio", "uvloop"),
-        "configure_logging": ("false", "true"),
-        "enable_latency_logging": ("false", "true"),
         "log_format": ("json", "text"),
-    }.get(name, ("123", "321"))
+    }.get(name, ("false", "true") if isinstance(getattr(Settings(), name), bool) else ("123", "321"))
 
     assert parse_settings([], {environment_variable(name): text}) == parse_settings([f"--{name}={text}"], {})
     assert parse_settings([f"--{name}={other}"], {environment_variable(name): text}) == parse_settings(
@@ -111,6 +107,12 @@ def test_the_model_dir_is_a_path() -> None:
     ("arguments", "environment", "problem"),
     [
         (["--no_such_flag=1"], {}, "unrecognized arguments: --no_such_flag=1 (--help lists the flags)"),
+        (
+            ["--predictor-host=other"],
+            {},
+            "unrecognized arguments: --predictor-host=other (KServe's --predictor_* flags and "
+            "--enable_predictor_health_check are for transformers: this is none.)",
+        ),
         (["--http"], {}, "unrecognized arguments: --http (--help lists the flags)"),
         (["--http_port"], {}, "argument --http_port/--http-port: expected one argument (--help lists the flags)"),
         (["--http_port=eighty"], {}, "--http_port must be a whole number, not eighty"),
