@@ -17,6 +17,11 @@ from serving.tensors import Tensor, TensorSpec
 
 DEFAULT_OUTPUT = "output-0"
 TOP = 5
+TRAFFIC_LIGHT = (  # a picture of 24 x 18 pixels
+    "iVBORw0KGgoAAAANSUhEUgAAABgAAAASBAMAAACzwgOtAAAAGFBMVEWuloWGgYhtfZtWdKR4XVJcUkxIW3QtKyrKZn0kAAAAgUlE"
+    "QVR42l3OMQoCQQxA0Z8Ya2fQzmaOoLgXELyed7K1E+ysFmth5gDuxEJ3XE2VwCN82fEdnewYwGzP4wJYBmy4rvM/ex8SCo1puuXx"
+    "AfU+YZpobA6eWW0M4sdug0EXACJgB8ChdAtBlzHwPJ5PSEJra+jRVJ0y5vTIT5sDkL28AAHuH2+T7HipAAAAAElFTkSuQmCC"
+)
 PREPARED_DATATYPES = ("FP16", "FP32", "FP64", "INT64")  # JSON has one kind of number: whole ones arrive as INT64
 
 
@@ -25,6 +30,7 @@ class Classifier(Predictor):
 
     inputs = (TensorSpec("input-0", "BYTES", (-1,)),)
     platform = "onnxruntime_onnx"
+    example = ({"image": {"b64": TRAFFIC_LIGHT}},)
 
     def load(self) -> None:
         """Raises ModelMissing, ModelDamaged and DeviceMissing."""

@@ -84,6 +84,8 @@ class Predictor(ABC):
     platform = ""
     warning = ""
     """Shown at every start and in the model's metadata, where not empty."""
+    example: Sequence[Any] = ()
+    """Instances of a V1 request that would be answered, for the documentation of the API."""
 
     def __init__(self, settings: Settings, model_dir: Path | None) -> None:
         """`model_dir` is --model_dir, or where a model was found; it may be a file. None where there is none."""

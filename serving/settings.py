@@ -85,6 +85,9 @@ class Settings:
     cors_allow_origins: str = _setting(
         "", "web pages that may call, as origins separated by commas; * is every one, as in the tutorial; else none"
     )
+    enable_docs_url: bool = _setting(
+        False, "true or false; with it /docs shows the API to people, who can try it out there"
+    )
     ce_type: str = _setting(
         "io.kserve.inference.response", "type of the CloudEvents that answer such; CE_TYPE in the environment as well"
     )

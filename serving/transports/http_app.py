@@ -17,14 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.dataplane import DataPlane
 from serving.errors import InternalError, ServingError
 from serving.settings import Settings
-from serving.transports import rest_ops, rest_repository, rest_v1, rest_v2
+from serving.transports import rest_docs, rest_ops, rest_repository, rest_v1, rest_v2
 from serving.transports.access_log import AccessLog
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
 from serving.transports.rest_guard import BodyGuard
 from serving.transports.rest_json import error_response, json_response
 
-ROOMS = (rest_ops, rest_v1, rest_v2, rest_repository)
+ROOMS = (rest_ops, rest_v1, rest_v2, rest_repository, rest_docs)
 NO_LIMIT = sys.maxsize
 
 
