@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.servers import Server, running
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/", {"status": "alive"}),
-        ("/v2/health/live", {"live": True}),
-        ("/v2/health/ready", {"ready": True}),
-        ("/v1/models", {"models": ["custom-model"]}),
-        ("/v1/models/custom-model", {"name": "custom-model", "ready": True}),
-    ],
-)
-def test_a_healthy_server_says_so(path: str, body: dict[str, Any], server: Server) -> None:
-    response = server.get(path)
-
-    assert (response.status_code, response.json()) == (200, body)
-    assert response.headers["content-type"] == "application/json"
 
 
 def test_the_metadata_of_a_seeded_model_warns(server: Server) -> None:
@@ -54,30 +36,12 @@ def test_an_unknown_model_is_404(path: str, server: Server) -> None:
     assert (response.status_code, response.json()) == (404, {"error": f"Model with name {name} does not exist."})
 
 
-def test_an_unknown_path_is_404_in_the_form_of_every_error(server: Server) -> None:
-    response = server.get("/v3")
-
-    assert (response.status_code, response.json()) == (404, {"error": "Not Found"})
-
-
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/models/custom-model", "/v2/health/ready"])
 def test_a_wrong_method_is_405_and_names_the_right_ones(path: str, server: Server) -> None:
     response = server.post(path, "{}")
 
     assert (response.status_code, response.json()) == (405, {"error": "Method Not Allowed"})
     assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD"}
-
-
-def test_head_is_answered_as_get_without_a_body(server: Server) -> None:
-    response = httpx.head(server.url + "/v2/health/ready")
-
-    assert (response.status_code, response.content) == (200, b"")
-
-
-def test_a_trailing_slash_is_redirected(server: Server) -> None:
-    response = server.get("/v1/models/")
-
-    assert (response.status_code, response.headers["location"]) == (307, f"{server.url}/v1/models")
 
 
 def test_without_the_flag_no_web_page_of_another_origin_may_call(server: Server) -> None:

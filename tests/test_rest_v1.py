@@ -129,20 +129,6 @@ def test_inputs_is_another_name_for_instances(server: Server) -> None:
     assert renamed.json() == server.predict(json.dumps(request)).json()
 
 
-def test_an_encoded_colon_is_a_colon(server: Server) -> None:
-    answer = server.post("/v1/models/custom-model%3Apredict", v1_request(CAT))
-
-    assert answer.json() == server.predict(v1_request(CAT)).json()
-
-
-def test_a_response_is_compact_json_with_its_length(server: Server) -> None:
-    response = server.predict(v1_request(CAT))
-
-    assert response.headers["content-type"] == "application/json"
-    assert int(response.headers["content-length"]) == len(response.content)
-    assert b" " not in response.content
-
-
 def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
@@ -266,12 +252,6 @@ def test_another_signature_is_refused(signature: Any, server: Server) -> None:
 
     error = '"signature_name" must be one of serving_default, predict, classification'
     assert (response.status_code, response.json()) == (400, {"error": error})
-
-
-def test_a_model_without_an_explainer_cannot_explain(server: Server) -> None:
-    response = server.post("/v1/models/custom-model:explain", v1_request(CAT))
-
-    assert (response.status_code, response.json()) == (501, {"error": "Could not find explainer_host."})
 
 
 @pytest.mark.parametrize(

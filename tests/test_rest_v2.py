@@ -77,11 +77,6 @@ def test_an_image_gets_v1s_answer_in_the_form_of_v2(server: Server) -> None:
     }
 
 
-def test_an_id_that_is_not_given_is_made(server: Server) -> None:
-    assert len(infer(server, image_input(CAT)).json()["id"]) == 36
-    assert len(infer(server, image_input(CAT), id="").json()["id"]) == 36
-
-
 @pytest.mark.parametrize("inputs", ["one of three images", "three of one image"])
 def test_three_images_are_one_input_or_three(inputs: str, server: Server) -> None:
     pictures = list(PHOTOGRAPHS.values())[:3]
@@ -385,15 +380,6 @@ def test_a_client_that_knows_only_the_metadata_builds_a_valid_request(server: Se
     for declared, output in zip(metadata["outputs"], response.json()["outputs"], strict=True):
         assert (declared["name"], declared["datatype"]) == (output["name"], output["datatype"])
         assert [2, *declared["shape"][1:]] == output["shape"]
-
-
-@pytest.mark.parametrize("path", ["", "/ready", "/infer"])
-def test_versions_are_not_supported(path: str, server: Server) -> None:
-    url = f"{server.url}/v2/models/custom-model/versions/1{path}"
-
-    response = httpx.post(url, json={}) if path == "/infer" else httpx.get(url)
-
-    assert (response.status_code, response.json()) == (501, {"error": "Model versioning not supported yet."})
 
 
 def test_an_unknown_model_is_404_before_its_body_is_looked_at(server: Server) -> None:
