@@ -141,20 +141,6 @@ def labels_of(original: Source, indices: list[int]) -> list[bytes]:
     return [original.labels[index].encode() for index in indices]
 
 
-def test_an_output_that_is_none_of_the_models_is_refused(channel: grpc.Channel, google: ModuleType) -> None:
-    request = image_request(google, CAT)
-    request.outputs.add(name="foo")
-
-    status = error_of(channel, google, "ModelInfer", request)
-
-    assert status == ("INVALID_ARGUMENT", "Unexpected inference output 'foo' for model 'custom-model'")
-
-
-def test_the_id_is_the_clients_or_a_new_one(channel: grpc.Channel, google: ModuleType) -> None:
-    assert grpc_call(channel, google, "ModelInfer", image_request(google, CAT, id="mine")).id == "mine"
-    assert len(grpc_call(channel, google, "ModelInfer", image_request(google, CAT)).id) == 36
-
-
 @pytest.mark.parametrize(
     ("datatype", "field", "values"),
     [
@@ -196,12 +182,6 @@ def test_fp16_travels_raw_in_both_directions(google: ModuleType) -> None:
     assert (answer.outputs[0].datatype, list(answer.raw_output_contents)) == ("FP16", list(request.raw_input_contents))
 
 
-def test_server_and_model_say_that_they_live_and_are_ready(channel: grpc.Channel, google: ModuleType) -> None:
-    assert grpc_call(channel, google, "ServerLive", google.ServerLiveRequest()).live
-    assert grpc_call(channel, google, "ServerReady", google.ServerReadyRequest()).ready
-    assert grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name="custom-model")).ready
-
-
 def test_the_servers_metadata_has_its_version(channel: grpc.Channel, google: ModuleType) -> None:
     answer = grpc_call(channel, google, "ServerMetadata", google.ServerMetadataRequest())
 
@@ -222,19 +202,6 @@ def test_the_models_metadata_has_its_tensors_and_warns_of_seeded_weights(
         ("logits", "FP32", [-1, 1000]),
     ]
     assert answer.platform.startswith("onnxruntime_onnx; UNTRAINED WEIGHTS (seeded:0)")
-
-
-@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata"])
-def test_an_unknown_model_is_not_found(method: str, channel: grpc.Channel, google: ModuleType) -> None:
-    request = getattr(google, f"{method}Request")(name="nope")
-
-    assert error_of(channel, google, method, request) == ("NOT_FOUND", "Model with name nope does not exist.")
-
-
-def test_an_inference_on_an_unknown_model_is_not_found(channel: grpc.Channel, google: ModuleType) -> None:
-    status = error_of(channel, google, "ModelInfer", image_request(google, CAT, model_name="nope"))
-
-    assert status == ("NOT_FOUND", "Model with name nope does not exist.")
 
 
 def bad_requests(google: ModuleType) -> dict[str, Any]:
@@ -277,25 +244,6 @@ def test_a_request_that_cannot_be_answered_is_an_invalid_argument_that_names_wha
         code, details = error_of(channel, google, "ModelInfer", request)
         assert code == "INVALID_ARGUMENT"
         assert details.startswith(text)
-
-
-def test_bytes_that_are_no_message_are_an_invalid_argument(channel: grpc.Channel) -> None:
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-
-    with pytest.raises(grpc.RpcError) as error:
-        call(b"\x0a\xff", timeout=60)
-
-    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.value.details() == "not a ModelInferRequest message: truncated varint"
-
-
-def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/inference.GRPCInferenceService/Nope")
-
-    with pytest.raises(grpc.RpcError) as error:
-        call(b"", timeout=60)
-
-    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_message_over_the_limit_is_resource_exhausted(channel: grpc.Channel, google: ModuleType) -> None:
