@@ -4,16 +4,21 @@ import logging
 import os
 import sys
 
-from serving import lifecycle
+from serving.command_line import parse_settings
 from serving.errors import DrainCut, StartError
 from serving.logs import configure_logging
-from serving.settings import parse_settings
 
 
 def main() -> int:
     try:
         settings = parse_settings(sys.argv[1:], os.environ)
         configure_logging(settings, os.environ)
+        if settings.workers > 1:
+            from serving import supervisor  # which has no use for what a server imports
+
+            return supervisor.run(settings)
+        from serving import lifecycle
+
         lifecycle.run(settings)
     except StartError as error:
         sys.stderr.write(f"app.py: {error}\n")

@@ -40,12 +40,10 @@ class DataPlane:
         self.metrics = metrics
         self.under_way = 0
         self.settings = settings
-        self._workers = ThreadPoolExecutor(settings.max_asyncio_workers or available_cpus(), "worker")
+        self._workers = ThreadPoolExecutor(
+            settings.max_asyncio_workers or settings.threads or available_cpus(), "worker"
+        )
         self._engine = ThreadPoolExecutor(1, "engine")
-        self._at_model = 0
-        metrics.watch(lambda: self.under_way, lambda: self._at_model)
-        for model in repository:
-            metrics.model(model.name, model.described.platform, partial(getattr, model, "ready"))
 
     @contextmanager
     def counted(self, protocol: str) -> Iterator[None]:
@@ -71,12 +69,9 @@ class DataPlane:
         latency = _Latency(self.metrics)
         with self._admitted():
             predictor, request, rows = await _run(self._workers, partial(self._prepare, decode, latency))
-            self._at_model += 1
-            try:
+            with self.metrics.at_model.track_inprogress():
                 work = partial(self._predict, predictor, request, rows, latency, time.perf_counter())
                 predictions = await _run(self._engine, work)
-            finally:
-                self._at_model -= 1
             answer = await _run(self._workers, partial(self._answer, predictor, request, predictions, encode, latency))
         if self.settings.enable_latency_logging:
             trace.info("requestId: %s, %s", REQUEST_ID.get() or "N.A.", latency)
@@ -98,7 +93,8 @@ class DataPlane:
             raise Overloaded
         self.under_way += 1
         try:
-            yield
+            with self.metrics.under_way.track_inprogress():
+                yield
         finally:
             self.under_way -= 1
 

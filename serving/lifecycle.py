@@ -6,18 +6,21 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from serving import STOP_SIGNALS
 from serving.dataplane import DataPlane
 from serving.errors import BadSetting, DrainCut
 from serving.metrics import Metrics
 from serving.models import make_model
 from serving.repository import Repository
 from serving.settings import Settings
+from serving.sockets import Inherited, bind_http, inherited
 from serving.transports.grpc_health import HealthService
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_reflection import ReflectionService
@@ -28,32 +31,33 @@ from serving.transports.http_server import HttpServer
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-
 
 def run(settings: Settings) -> None:
     """Serve until a signal, and answer what was accepted before it. Raises StartError."""
     for number in STOP_SIGNALS:
         signal.signal(number, _leave)  # nothing is accepted yet, so nothing is lost
     loop_factory = _loop_factory(settings.event_loop)
-    http = HttpServer(settings)
+    supervised = inherited(os.environ)
+    # Bound at once: that a port is in use is known before a model is loaded.
+    http = HttpServer(supervised.http if supervised else bind_http(settings.host, settings.http_port), settings)
     model = make_model(settings)
     model.load()
-    dataplane = DataPlane(Repository([model], settings.enable_model_repository), settings, Metrics())
+    metrics = Metrics()
+    dataplane = DataPlane(Repository([model], metrics, settings.enable_model_repository), settings, metrics)
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(_serve(http, dataplane, settings))
+            runner.run(_serve(http, dataplane, settings, supervised))
     finally:
         dataplane.close()
         dataplane.repository.close()
 
 
-async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> None:
+async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, supervised: Inherited | None) -> None:
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     services = _services(dataplane, settings)
-    grpc = GrpcServer(services, settings) if services else None
+    grpc = GrpcServer(services, settings, shared=supervised is not None) if services else None
     if grpc:
         await grpc.start()
     http.listen()
@@ -65,6 +69,8 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
         f"gRPC port {grpc.port}" if grpc else "no gRPC",
         f", of which the platform wants {settings.protocol}" if settings.protocol else "",
     )
+    if supervised:
+        _report(supervised.supervisor, stop)
     async with asyncio.TaskGroup() as tasks:
         listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, settings), stop))]
         if grpc:
@@ -79,6 +85,18 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings) -> 
     if unanswered:
         raise DrainCut(f"stopped with {unanswered} requests unanswered: see --grace_period_seconds")
     logger.info("stopped")
+
+
+def _report(supervisor: socket.socket, stop: asyncio.Event) -> None:
+    """Say that this worker is ready, and stop when nobody is left to hear it."""
+    supervisor.send(b"R")
+    loop = asyncio.get_running_loop()
+
+    def gone() -> None:
+        loop.remove_reader(supervisor)
+        stop.set()
+
+    loop.add_reader(supervisor, gone)
 
 
 def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -19,12 +21,13 @@ HANDLERS = {
     "postprocess": "post-process request latency",
     "explain": "explain request latency",
 }
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own; set by the supervisor for its workers
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """All of one process, in a registry of their own; safe to use from any thread."""
+    """In a registry of their own; safe to use from any thread. Of several workers, each answers for all of them."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -58,15 +61,28 @@ class Metrics:
         self._sent = Counter(
             "serving_sent_bytes", "Bodies and messages of their answers", ["protocol"], registry=self._registry
         )
-        self._under_way = Gauge("serving_requests_under_way", "Inference requests now", registry=self._registry)
-        self._at_model = Gauge(
-            "serving_requests_at_model", "Of those, waiting for the model or in it now", registry=self._registry
+        self.under_way = Gauge(
+            "serving_requests_under_way", "Inference requests now", registry=self._registry, multiprocess_mode="livesum"
+        )
+        self.at_model = Gauge(
+            "serving_requests_at_model",
+            "Of those, waiting for the model or in it now",
+            registry=self._registry,
+            multiprocess_mode="livesum",
         )
         self._models = Gauge(
-            "serving_model_info", "1 for each model, ready or not", ["model_name", "platform"], registry=self._registry
+            "serving_model_info",
+            "1 for each model, ready or not",
+            ["model_name", "platform"],
+            registry=self._registry,
+            multiprocess_mode="max",
         )
         self._ready = Gauge(
-            "serving_model_ready", "1 while the model is loaded", ["model_name"], registry=self._registry
+            "serving_model_ready",
+            "1 while the model is loaded",
+            ["model_name"],
+            registry=self._registry,
+            multiprocess_mode="livemin",
         )
 
     def handled(self, name: str, model_name: str, seconds: float) -> None:
@@ -94,16 +110,15 @@ class Metrics:
     def ended(self, protocol: str, outcome: str) -> None:
         self._requests.labels(protocol, outcome).inc()
 
-    def watch(self, under_way: Callable[[], int], at_model: Callable[[], int]) -> None:
-        """Where to look when somebody asks for the state of now."""
-        self._under_way.set_function(under_way)
-        self._at_model.set_function(at_model)
-
-    def model(self, name: str, platform: str, ready: Callable[[], bool]) -> None:
+    def model(self, name: str, platform: str, ready: bool) -> None:
         self._models.labels(name, platform).set(1)
-        self._ready.labels(name).set_function(ready)
+        self._ready.labels(name).set(ready)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type, OpenMetrics where the Accept header asks for it; takes a millisecond."""
+        registry = self._registry
+        if MULTIPROCESS in os.environ:  # and in the supervisor's directory the numbers of all workers
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        return encode(registry), content_type

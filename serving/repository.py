@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from serving.errors import LoadFailed, ModelNotFound, NotSupported, Overloaded, StartError
+from serving.metrics import Metrics
 from serving.models import Model
 from serving.predictor import Predictor
 
@@ -23,9 +24,12 @@ class Repository:
     `changed` is set, and replaced by another event, when the answer to who is ready may have changed.
     """
 
-    def __init__(self, models: Iterable[Model], may_change: bool) -> None:
+    def __init__(self, models: Iterable[Model], metrics: Metrics, may_change: bool) -> None:
         """`may_change` is --enable_model_repository."""
         self._models = {model.name: model for model in models}
+        self._metrics = metrics
+        for model in self:
+            metrics.model(model.name, model.described.platform, model.ready)
         self._loader = ThreadPoolExecutor(1, "loader")
         self._changes = 0
         self.may_change = may_change
@@ -99,6 +103,7 @@ class Repository:
         if not work.cancelled() and (error := work.exception()):
             logger.error("%s could not be loaded: %s", model.name, error)
         logger.info("%s is %s", model.name, "ready" if model.ready else "not loaded")
+        self._metrics.model(model.name, model.described.platform, model.ready)
         self._announce()
 
     def _announce(self) -> None:

@@ -1,30 +1,15 @@
-"""Every setting once: its flag, environment variable, default, range and help all come from one table, Settings.
-
-A flag wins over its environment variable, that over the platform's own (PORT, K_SERVICE), that over the default.
-Environment variables matter because in a buildpack image arguments replace the Procfile's whole line.
-"""
+"""Every setting once: flag, environment variable, --help and the README's table all come from this one."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any
 
-from serving import __version__
-from serving.errors import BadSetting
-
-ENVIRONMENT_PREFIX = "SERVING_"  # bare names would clash: Kubernetes sets HTTP_PORT=tcp://… for a service named http
 MIB = 1024 * 1024
-KSERVE_VARIABLES = ("protocol", "ce_type", "ce_source", "ce_merge")  # known under their bare names
-BOOLEANS = dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True) | dict.fromkeys(
-    ("n", "no", "f", "false", "off", "0"), False
-)  # as KServe's flags take them
-
-TRANSFORMERS = "KServe's --predictor_* flags and --enable_predictor_health_check are for transformers: this is none."
 
 Check = Callable[[Any], str | None]
 
@@ -107,9 +92,14 @@ class Settings:
         "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",
         _one_of("auto", "cpu", "cuda"),
     )  # fmt: skip
-    threads: int = _setting(0, "threads that run the model; 0 means one a CPU of the quota", _between(0, 1024))
+    workers: int = _setting(
+        1, "processes that share the ports and the CPUs; each has the limits on requests for itself", _between(1, 256)
+    )
+    threads: int = _setting(
+        0, "threads that run the model; 0 means one a CPU of the quota, which workers share", _between(0, 1024)
+    )
     max_asyncio_workers: int = _setting(
-        0, "threads that decode requests and encode answers; 0 means one a CPU of the quota", _between(0, 1024)
+        0, "threads that decode requests and encode answers; 0 means as many as --threads", _between(0, 1024)
     )
     max_threads: int = _setting(
         4, "accepted for KServe's sake and without effect: gRPC takes no threads here", _between(1, 1024)
@@ -154,94 +144,3 @@ class Settings:
     grace_period_seconds: int = _setting(
         25, "seconds that a stopping server has to answer what it accepted; keep it below Kubernetes' 30", _positive
     )
-
-
-def environment_variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.upper()
-
-
-def default_text(default: Any) -> str:
-    """A default as one would write it in a flag."""
-    return str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
-
-
-def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Raises BadSetting; --help and --version print and exit."""
-    given = vars(_parser().parse_args(arguments))
-    types = get_type_hints(Settings)
-    values: dict[str, Any] = {}
-    for entry in fields(Settings):
-        source, text = _source(entry.name, given, environment)
-        if not text:
-            continue
-        value = _convert(source, text, types[entry.name])
-        problem = entry.metadata["check"](value) if entry.metadata["check"] else None
-        if problem:
-            raise BadSetting(f"{source} {problem}, not {text}")
-        values[entry.name] = value
-    settings = Settings(**values)
-    if settings.http_port == settings.grpc_port != 0:
-        raise BadSetting(f"--http_port and --grpc_port are both {settings.http_port}: give each a port of its own")
-    return settings
-
-
-def _source(name: str, given: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, str]:
-    """Where the setting's value is taken from, and its text; an empty text means nowhere."""
-    variable = environment_variable(name)
-    if name in given:
-        return f"--{name}", given[name]
-    if environment.get(variable):
-        return variable, environment[variable]
-    if name == "http_port":
-        # Knative and Cloud Run set PORT to the published port. Where that is gRPC's, REST stays where it is.
-        published = environment.get("PORT", "")
-        grpc_port = _source("grpc_port", given, environment)[1] or str(Settings().grpc_port)
-        return "PORT", published if published != grpc_port else ""
-    if name in KSERVE_VARIABLES:
-        text = environment.get(name.upper(), "")
-        return name.upper(), text.lower() if name == "protocol" else text
-    if name == "model_name":
-        return "K_SERVICE", re.sub(r"-predictor(-.*)?$", "", environment.get("K_SERVICE", ""))
-    return variable, ""
-
-
-def _convert(source: str, text: str, kind: Any) -> Any:
-    if kind is bool:
-        if text.lower() not in BOOLEANS:
-            raise BadSetting(f"{source} must be true or false, not {text}")
-        return BOOLEANS[text.lower()]
-    if kind is not int:
-        return Path(text) if kind == Path | None else text
-    try:
-        return int(text)
-    except ValueError:
-        raise BadSetting(f"{source} must be a whole number, not {text}") from None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        if re.search("--(enable[-_])?predictor[-_]", message):
-            raise BadSetting(f"{message} ({TRANSFORMERS})")
-        raise BadSetting(f"{message} (--help lists the flags)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="app.py",
-        description="Serves a model over KServe's REST and gRPC protocols.",
-        epilog=f"Every flag may be written with - for _. {TRANSFORMERS}",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    for entry in fields(Settings):
-        spellings = dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"])
-        help_text = entry.metadata["help"].replace("%", "%%")
-        default = "" if entry.default in (None, "") else f"default {default_text(entry.default)}, "
-        parser.add_argument(
-            *spellings,
-            dest=entry.name,
-            metavar=entry.name.rsplit("_", 1)[-1].upper(),
-            help=f"{help_text} ({default}environment {environment_variable(entry.name)})",
-        )
-    return parser

@@ -13,12 +13,14 @@ from tests.servers import PROJECT
 FLOORS = {
     "app": 9,
     "serving.lifecycle": 8,
+    "serving.supervisor": 8,
     "serving.transports": 7,
     "serving.dataplane": 6,
     "serving.repository": 5,
     "serving.models": 4,
     "serving.classifier": 4,
     "serving.predictor": 3,
+    "serving.command_line": 2,
     "serving.engine": 2,
     "serving.image": 2,
     "serving.logs": 2,
@@ -28,13 +30,18 @@ FLOORS = {
     "serving.errors": 1,
     "serving.metrics": 1,
     "serving.settings": 1,
+    "serving.sockets": 1,
     "proto": 1,
     "serving": 0,
 }
 # On one floor, these few lean on a neighbour.
-NEIGHBOURS = {("serving.settings", "serving.errors"), ("serving.transports", "serving.transports"), ("proto", "proto")}
+NEIGHBOURS = {
+    ("serving.sockets", "serving.errors"),
+    ("serving.transports", "serving.transports"),
+    ("proto", "proto"),
+}
 LONGEST_FILE_LINES = 250
-MOST_LINES = 3000
+MOST_LINES = 3300
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     *(tokenize.ENCODING, tokenize.ENDMARKER),

@@ -26,8 +26,10 @@ NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 class GrpcServer:
     """One listener; every method answers its errors with the status that their class declares."""
 
-    def __init__(self, services: Sequence[Service], settings: Settings) -> None:
+    def __init__(self, services: Sequence[Service], settings: Settings, shared: bool) -> None:
+        """Not `shared`, a port that somebody listens on already is refused."""
         self._settings = settings
+        self._shared = shared
         self._services = services
         self.port = settings.grpc_port
 
@@ -37,7 +39,7 @@ class GrpcServer:
         options = [
             ("grpc.max_receive_message_length", settings.grpc_max_receive_message_length),
             ("grpc.max_send_message_length", settings.grpc_max_send_message_length),
-            ("grpc.so_reuseport", 0),  # else a second server shares the port, unnoticed
+            ("grpc.so_reuseport", int(self._shared)),
         ]
         self._server = grpc.aio.server(options=options)
         for service in self._services:

@@ -1,13 +1,12 @@
-"""The HTTP port: its sockets, and Hypercorn on them."""
+"""The HTTP port: Hypercorn on sockets that are bound already."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import socket
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -15,7 +14,6 @@ from hypercorn.config import Config
 from hypercorn.typing import Framework
 from starlette.types import ASGIApp
 
-from serving.errors import PortInUse
 from serving.settings import Settings
 
 BACKLOG = 2048
@@ -24,11 +22,10 @@ NEVER = 10**9
 
 
 class HttpServer:
-    """Binds at once, so that a port in use is known before a model is loaded; connects nobody before `listen`."""
+    """Connects nobody before `listen`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises PortInUse."""
-        self._sockets = _bind(settings.host, settings.http_port)
+    def __init__(self, sockets: Sequence[socket.socket], settings: Settings) -> None:
+        self._sockets = sockets
         self._config = Config()
         self._config.keep_alive_timeout = settings.timeout_keep_alive
         self._config.graceful_timeout = NEVER  # the lifecycle has the deadline
@@ -75,38 +72,3 @@ class _Connection(TCPServer):
 
 
 hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]
-
-
-def _bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of `host`; for none, one for IPv4 and one for IPv6, so far as the machine has them."""
-    sockets: list[socket.socket] = []
-    try:
-        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in sorted(addresses):  # IPv4 first: the port that 0 becomes is then IPv6's, too
-            taken = port or (sockets[0].getsockname()[1] if sockets else 0)
-            try:
-                sockets.append(_bound(family, (address[0], taken, *address[2:])))
-            except OSError as error:
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                    raise
-        if not sockets:
-            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    except OSError as error:
-        for listener in sockets:
-            listener.close()
-        where = f"port {port}" + (f" of {host}" if host else "")
-        raise PortInUse(f"HTTP cannot listen on {where} ({error.strerror}): choose another with --http_port") from None
-    return sockets
-
-
-def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener

@@ -1,0 +1,142 @@
+"""`--workers N`: N processes of this server on the same two ports, replaced when they die and stopped together.
+
+Hypercorn's own way to several processes drops requests at SIGTERM, ends when one worker dies, and exits 0 after a
+failure (measured with 0.18). Here the workers share one HTTP socket and, by SO_REUSEPORT, the gRPC port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from serving import STOP_SIGNALS
+from serving.cpus import available_cpus
+from serving.errors import DrainCut
+from serving.metrics import MULTIPROCESS
+from serving.settings import Settings
+from serving.sockets import VARIABLE, bind_http, reserve_grpc
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+CALM_SECONDS = 60.0  # a worker that lived as long did not fail at its start
+KILL_SECONDS = 5.0  # beyond the grace period that the workers keep to themselves
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 a private directory is made in it
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal. The exit code is that of the first worker that failed, else 0. Raises StartError."""
+    http = bind_http(settings.host, settings.http_port)
+    grpc = reserve_grpc(settings.host, settings.grpc_port) if settings.enable_grpc else None
+    flags = {
+        "workers": 1,
+        "http_port": http[0].getsockname()[1],
+        "grpc_port": grpc.getsockname()[1] if grpc else settings.grpc_port,
+        "threads": settings.threads or max(1, available_cpus() // settings.workers),
+        "max_asyncio_workers": settings.max_asyncio_workers or max(1, available_cpus() // settings.workers),
+    }
+    command = [sys.executable, *sys.orig_argv[1:], *(f"--{name}={value}" for name, value in flags.items())]
+    with tempfile.TemporaryDirectory(
+        prefix="serving-metrics-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    ) as metrics_dir:
+        supervisor = Supervisor(command, http, Path(metrics_dir), settings.grace_period_seconds)
+        return asyncio.run(supervisor.run(settings.workers))
+
+
+class Supervisor:
+    """Starts workers and waits for them; a worker that ends at its first start, before it is ready, ends them all."""
+
+    def __init__(self, command: list[str], http: list[socket.socket], metrics_dir: Path, grace_period_seconds: float):
+        self._command = command
+        self._http = http
+        self._metrics_dir = metrics_dir
+        self._kill_after_seconds = grace_period_seconds + KILL_SECONDS
+        self._stop = asyncio.Event()
+
+    async def run(self, workers: int) -> int:
+        for number in STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        async with asyncio.TaskGroup() as tasks:
+            kept = [tasks.create_task(self._keep(number)) for number in range(1, workers + 1)]
+        logger.info("stopped, with all workers")
+        return next((task.result() for task in kept if task.result()), 0)
+
+    async def _keep(self, number: int) -> int:
+        """One worker after the other, until the stop; the last one's exit code."""
+        pause_seconds, was_ready = FIRST_PAUSE_SECONDS, False
+        while True:
+            started_at = time.monotonic()
+            process, line = await self._start()
+            ready = asyncio.create_task(_hear(line))
+            code = await self._until_it_ends(process)
+            was_ready |= await ready
+            self._forget(process.pid)
+            if self._stop.is_set():
+                return code
+            if not was_ready:
+                self._stop.set()
+                return code or 1
+            if time.monotonic() - started_at > CALM_SECONDS:
+                pause_seconds = FIRST_PAUSE_SECONDS
+            logger.error("worker %d ended, exit code %d: another starts in %.1f s", number, code, pause_seconds)
+            try:
+                await asyncio.wait_for(self._stop.wait(), pause_seconds)
+                return 0
+            except TimeoutError:
+                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+
+    async def _start(self) -> tuple[asyncio.subprocess.Process, socket.socket]:
+        """A worker and the line to it, on which it says when it is ready."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        handed = [theirs.fileno(), *(listener.fileno() for listener in self._http)]
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            pass_fds=handed,
+            env={**os.environ, VARIABLE: ",".join(map(str, handed)), MULTIPROCESS: str(self._metrics_dir)},
+            start_new_session=True,  # Ctrl-C is for the supervisor, who tells the workers
+        )
+        theirs.close()
+        return process, ours
+
+    async def _until_it_ends(self, process: asyncio.subprocess.Process) -> int:
+        """Its exit code, as a shell has it; stopped when the supervisor is, and killed if it does not stop."""
+        ended, stopped = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
+        await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not ended.done():
+            for listener in self._http:
+                listener.close()
+            process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(asyncio.shield(ended), self._kill_after_seconds)
+            except TimeoutError:
+                logger.error("worker of process %d does not stop: killed", process.pid)
+                process.kill()
+                await ended
+                return DrainCut.exit_code
+            if ended.result() == -signal.SIGTERM:  # it was only starting
+                return 0
+        code = ended.result()
+        return 128 - code if code < 0 else code
+
+    def _forget(self, process_id: int) -> None:
+        """Its counts stay in the metrics; what it had under way does not."""
+        for file in self._metrics_dir.glob(f"gauge_live*_{process_id}.db"):
+            file.unlink()
+
+
+async def _hear(line: socket.socket) -> bool:
+    """Whether the worker has said that it is ready, before it ended."""
+    with line:
+        said = await asyncio.get_running_loop().sock_recv(line, 1)
+        if said:
+            await asyncio.get_running_loop().sock_recv(line, 1)  # the line must stay open as long as the worker lives
+    return bool(said)
