@@ -1,4 +1,4 @@
-"""serving/settings.py: where each setting comes from, and what stops the start."""
+"""serving/command_line.py: where each setting comes from, and what stops the start."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from serving.command_line import environment_variable, parse_settings
 from serving.errors import BadSetting
-from serving.settings import Settings, environment_variable, parse_settings
+from serving.settings import Settings
 
 
 def test_without_flags_and_environment_every_setting_has_its_default() -> None:
@@ -30,7 +31,7 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "protocol": ("v1", "v2"),
         "event_loop": ("asyncio", "uvloop"),
         "log_format": ("json", "text"),
-    }.get(name, ("false", "true") if isinstance(getattr(Settings(), name), bool) else ("123", "321"))
+    }.get(name, ("false", "true") if isinstance(getattr(Settings(), name), bool) else ("123", "231"))
 
     assert parse_settings([], {environment_variable(name): text}) == parse_settings([f"--{name}={text}"], {})
     assert parse_settings([f"--{name}={other}"], {environment_variable(name): text}) == parse_settings(
@@ -63,6 +64,71 @@ def test_port_moves_rest_unless_it_is_the_grpc_port_or_a_setting_says_otherwise(
     settings = parse_settings(arguments, environment)
 
     assert (settings.http_port, settings.grpc_port) == (http_port, grpc_port)
+
+
+# Its flags and their defaults, from its parser; beside those that are not the same here, why.
+KSERVES_FLAGS = {
+    "http_port": "8080",
+    "grpc_port": "8081",
+    "workers": "1",
+    "max_threads": "4",  # without effect there as well
+    "max_asyncio_workers": "0",  # None there, and without effect; here threads that decode
+    "enable_grpc": "true",
+    "enable_docs_url": "false",
+    "enable_latency_logging": "true",
+    "configure_logging": "true",
+    "log_config_file": "",
+    "access_log_format": "",
+    "event-loop": "auto",
+    "timeout-keep-alive": "65",
+    "model_name": "custom-model",  # "model" there: the tutorial's Procfile and requests say custom-model
+    "protocol": "",  # v1 there, deprecated and unused
+    "grpc_max_send_message_length": "8388608",
+    "grpc_max_receive_message_length": "8388608",
+}
+
+
+@pytest.mark.parametrize("flag", KSERVES_FLAGS)
+def test_kserves_flag_is_taken_with_its_default(flag: str) -> None:
+    default = KSERVES_FLAGS[flag]
+
+    assert parse_settings([f"--{flag}={default}"] if default else [], {}) == Settings()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--predictor_host=a",
+        "--predictor_protocol=v2",
+        "--predictor_use_ssl=true",
+        "--predictor_request_timeout_seconds=600",
+        "--predictor_request_retries=0",
+        "--enable_predictor_health_check",
+    ],
+)
+def test_kserves_flag_for_transformers_is_refused_and_explained(flag: str) -> None:
+    """Its server takes them and, without a transformer's code, does nothing with them."""
+    with pytest.raises(BadSetting, match="are for transformers: this is none"):
+        parse_settings([flag], {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "setting"),
+    [
+        (
+            "PORT",
+            "9000",
+            "http_port",
+        ),  # KServe's server reads neither of the first two: the tutorial's commands set them
+        ("PROTOCOL", "v2", "protocol"),
+        ("CE_MERGE", "true", "ce_merge"),
+        ("CE_TYPE", "a.b", "ce_type"),
+        ("CE_SOURCE", "a.b", "ce_source"),
+    ],
+)
+def test_kserves_variable_is_taken(variable: str, text: str, setting: str) -> None:
+    """KSERVE_LOGLEVEL is in test_logs; STORAGE_URI comes with storage."""
+    assert parse_settings([], {variable: text}) == parse_settings([f"--{setting}={text}"], {})
 
 
 @pytest.mark.parametrize("text", ["v1", "V1", "V2", "grpc-v2"])
@@ -107,12 +173,6 @@ def test_the_model_dir_is_a_path() -> None:
     ("arguments", "environment", "problem"),
     [
         (["--no_such_flag=1"], {}, "unrecognized arguments: --no_such_flag=1 (--help lists the flags)"),
-        (
-            ["--predictor-host=other"],
-            {},
-            "unrecognized arguments: --predictor-host=other (KServe's --predictor_* flags and "
-            "--enable_predictor_health_check are for transformers: this is none.)",
-        ),
         (["--http"], {}, "unrecognized arguments: --http (--help lists the flags)"),
         (["--http_port"], {}, "argument --http_port/--http-port: expected one argument (--help lists the flags)"),
         (["--http_port=eighty"], {}, "--http_port must be a whole number, not eighty"),
@@ -127,6 +187,11 @@ def test_the_model_dir_is_a_path() -> None:
         (["--model_name=a/b"], {}, "--model_name must be a name without slash, colon or blank, not a/b"),
         (["--predictor=iris"], {}, "--predictor must be module:Class, not iris"),
         (["--max_instances=0"], {}, "--max_instances must lie between 1 and 2147483647, not 0"),
+        (
+            ["--workers=2", "--enable_model_repository=true"],
+            {},
+            "--enable_model_repository needs --workers=1: a client reaches one of several workers only",
+        ),
         (
             ["--http_port=90", "--grpc_port=90"],
             {},

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.command_line import default_text, environment_variable
 from serving.dataplane import DataPlane
 from serving.errors import ServingError, StartError
 from serving.metrics import Metrics
 from serving.repository import Repository
-from serving.settings import Settings, default_text, environment_variable
+from serving.settings import Settings
 from serving.transports.grpc_service import InferenceService
 from serving.transports.http_app import ROOMS
 from tests.pictures import MODES
@@ -138,7 +139,7 @@ def test_the_settings_are_those_of_the_code() -> None:
 
 
 def test_the_rest_table_has_every_route_of_the_server() -> None:
-    dataplane = DataPlane(Repository([], may_change=False), Settings(), Metrics())
+    dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
     found = [route for room in ROOMS for route in room.routes(dataplane)]
     dataplane.close()
 
@@ -147,7 +148,7 @@ def test_the_rest_table_has_every_route_of_the_server() -> None:
 
 
 def test_the_grpc_table_has_every_method_of_the_server() -> None:
-    dataplane = DataPlane(Repository([], may_change=False), Settings(), Metrics())
+    dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
     dataplane.close()
 

@@ -1,0 +1,177 @@
+"""serving/supervisor.py: several processes that look like one server."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import grpc
+import pytest
+
+from tests.conftest import grpc_call
+from tests.pictures import CAT, v1_request
+from tests.servers import SETTLE_SECONDS, Server, gated, running, start_failing
+from tests.test_grpc import image_request
+from tests.test_lifecycle import grpc_infer, rest
+from tests.test_metrics import ended, value
+
+WORKERS = 2
+TWO = f"--workers={WORKERS}"
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Server]:
+    """Two workers that say who they are; a new one needs the file to load."""
+    (tmp_path / "model").write_text("")
+    with running(TWO, "--predictor=tests.predictors:ProcessId", f"--model_dir={tmp_path}") as server:
+        wait_for(lambda: len(workers(server)) == WORKERS)
+        yield server
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+
+
+def answered_by(server: Server) -> int:
+    """The process that one request, on a connection of its own, reached."""
+    (process_id,) = server.predict('{"instances": [0]}').json()["predictions"]
+    return int(process_id)
+
+
+def workers(server: Server) -> set[int]:
+    """The processes that answer now; several requests at once, since one alone may always find the same."""
+    with ThreadPoolExecutor(8) as clients:
+        return set(clients.map(lambda _: answered_by(server), range(16)))
+
+
+def is_alive(process_id: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{process_id}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_both_ports_are_answered_by_all_workers_and_by_nobody_else(two: Server, google: ModuleType) -> None:
+    reached = workers(two)
+
+    seen: set[int] = set()
+
+    def all_seen() -> bool:
+        seen.add(grpc_infer(two, google, "0").outputs[0].contents.int64_contents[0])
+        return seen == reached
+
+    wait_for(all_seen)
+    assert two.process.pid not in reached
+
+
+def test_a_killed_worker_is_replaced_and_meanwhile_the_other_answers(two: Server) -> None:
+    killed, other = workers(two)
+
+    os.kill(killed, signal.SIGKILL)
+    two.wait_for_line(re.compile(r"worker \d ended, exit code 137: another starts in 0\.5 s"))
+    assert {answered_by(two) for _ in range(10)} == {other}
+    wait_for(lambda: len(workers(two)) == WORKERS)
+    assert killed not in workers(two)
+
+
+def test_a_worker_that_cannot_start_again_is_tried_ever_more_slowly(two: Server, tmp_path: Path) -> None:
+    killed, other = workers(two)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+
+    os.kill(killed, signal.SIGKILL)
+    two.wait_for_line(re.compile(r"worker \d ended, exit code 7: another starts in 1\.0 s"))
+    two.wait_for_line(re.compile(r"worker \d ended, exit code 7: another starts in 2\.0 s"))
+    assert workers(two) == {other}
+
+    (tmp_path / "elsewhere").rename(tmp_path / "model")
+    wait_for(lambda: len(workers(two)) == WORKERS)
+    assert two.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_stop_answers_what_every_worker_has_accepted(
+    number: signal.Signals, tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    gates = [gate(f"gate{count}") for count in range(4)]
+    with gated(tmp_path, TWO) as server, ThreadPoolExecutor(len(gates)) as clients:
+        over_rest = [clients.submit(rest, server, path.name) for path in gates[:2]]
+        over_grpc = [clients.submit(grpc_infer, server, google, path.name) for path in gates[2:]]
+        held = [path.open("wb") for path in gates]
+        server.process.send_signal(number)
+        server.wait_for_line(re.compile("stopping: "))
+        for file in held:
+            file.close()
+
+        assert [answer.result().status_code for answer in over_rest] == [200] * 2
+        assert [len(answer.result().outputs) for answer in over_grpc] == [1] * 2
+        assert server.wait() == 0
+
+
+def test_a_worker_that_was_cut_gives_its_exit_code(tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    held = gate("held")
+    with gated(tmp_path, TWO, "--grace_period_seconds=1") as server, ThreadPoolExecutor() as clients:
+        clients.submit(rest, server, "held")
+        with held.open("wb"):
+            assert server.stop() == 8
+
+
+def test_the_workers_end_when_their_supervisor_is_killed(two: Server) -> None:
+    reached = workers(two)
+
+    two.process.kill()
+
+    wait_for(lambda: not any(is_alive(worker) for worker in reached))
+
+
+def test_what_keeps_a_worker_from_starting_ends_the_server_with_the_workers_code(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+
+    code, lines = start_failing(TWO, f"--model_dir={tmp_path}", "--http_port=0", "--grpc_port=0")
+
+    assert code == 5
+    assert any("cannot be loaded" in line for line in lines)
+
+
+@pytest.mark.parametrize("port", ["http_port", "grpc_port"])
+def test_a_port_in_use_ends_the_start_before_any_worker(port: str) -> None:
+    other = {"http_port": "grpc_port", "grpc_port": "http_port"}[port]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        code, (line,) = start_failing(TWO, f"--{port}={number}", f"--{other}=0")
+
+    assert code == 3
+    assert f"cannot listen on port {number}" in line
+
+
+def test_a_port_that_a_running_server_shares_is_in_use(two: Server) -> None:
+    code, _ = start_failing(TWO, "--http_port=0", f"--grpc_port={two.grpc_port}")
+
+    assert code == 3
+
+
+def test_the_metrics_of_all_workers_add_up_to_what_the_clients_sent(model_dir: Path, google: ModuleType) -> None:
+    with running(TWO, f"--model_dir={model_dir}") as server:
+
+        def one(count: int) -> None:
+            server.predict(v1_request(CAT))
+            server.predict("{")
+            with grpc.insecure_channel(server.grpc_address) as channel:
+                grpc_call(channel, google, "ModelInfer", image_request(google, CAT))
+
+        with ThreadPoolExecutor(4) as clients:
+            list(clients.map(one, range(12)))
+
+        for _ in range(6):  # of whichever worker
+            assert ended(server) == {("v1", "answered"): 12, ("v1", "invalid"): 12, ("grpc", "answered"): 12}
+            assert value(server, "serving_stage_seconds_count", stage="infer") == 24
+            assert value(server, "serving_requests_under_way") == 0
+            assert value(server, "serving_model_ready", model_name="custom-model") == 1
