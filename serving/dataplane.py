@@ -1,7 +1,7 @@
 """One request in, one response out, whichever protocol it came by: limits, threads, ids and errors.
 
-Decoding, handlers and encoding run on threads: one pool for what is done per request, and one thread that predicts,
-since the engine uses all cores for one batch. The event loop only waits.
+Decoding, encoding and the handlers beside predict run on a pool of threads, predict on the batcher's; the event loop
+only waits.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from serving.batching import Batcher
 from serving.cpus import available_cpus
-from serving.errors import InternalError, InvalidInput, Overloaded, ServingError, TooLarge
-from serving.logs import REQUEST_ID, TRACE
+from serving.errors import InvalidInput, Overloaded, ServingError, TooLarge
+from serving.logs import REQUEST_ID, TRACE, public
 from serving.metrics import Metrics
 from serving.predictor import Predictor, Request, Response, Rows
 from serving.repository import Repository
 from serving.settings import Settings
 
-logger = logging.getLogger(__name__)
 trace = logging.getLogger(TRACE)
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class DataPlane:
         self._workers = ThreadPoolExecutor(
             settings.max_asyncio_workers or settings.threads or available_cpus(), "worker"
         )
-        self._engine = ThreadPoolExecutor(1, "engine")
+        self._batcher = Batcher(metrics, settings.max_batch_size, settings.max_batch_delay_ms)
 
     @contextmanager
     def counted(self, protocol: str) -> Iterator[None]:
@@ -69,10 +69,11 @@ class DataPlane:
         latency = _Latency(self.metrics)
         with self._admitted():
             predictor, request, rows = await _run(self._workers, partial(self._prepare, decode, latency))
-            with self.metrics.at_model.track_inprogress():
-                work = partial(self._predict, predictor, request, rows, latency, time.perf_counter())
-                predictions = await _run(self._engine, work)
-            answer = await _run(self._workers, partial(self._answer, predictor, request, predictions, encode, latency))
+            size = len(next(iter(rows.values())))
+            predicted = await self._batcher.predict(predictor, request.model_name, rows, size)
+            latency.took("predict", predicted.run_seconds)
+            work = partial(self._answer, predictor, request, predicted.rows, encode, latency)
+            answer = await _run(self._workers, work)
         if self.settings.enable_latency_logging:
             trace.info("requestId: %s, %s", REQUEST_ID.get() or "N.A.", latency)
         return answer
@@ -84,8 +85,8 @@ class DataPlane:
 
     def close(self) -> None:
         """Ends the threads without waiting for work that is still running."""
-        for pool in (self._workers, self._engine):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._batcher.close()
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -110,13 +111,11 @@ class DataPlane:
                 _check_outputs(request, {spec.name for spec in predictor.outputs})
             request = replace(request, id=request.id or str(uuid.uuid4()))
             with latency.of("preprocess", request.model_name):
-                return predictor, request, predictor.preprocess(request)
-
-    def _predict(self, predictor: Predictor, request: Request, rows: Rows, latency: _Latency, queued_at: float) -> Rows:
-        self.metrics.queued(queued_at)
-        self.metrics.run(request.model_name, request.rows)
-        with self.metrics.stage("infer"), latency.of("predict", request.model_name):
-            return predictor.predict(rows)
+                rows = predictor.preprocess(request)
+            sizes = {len(array) for array in rows.values()}
+            if len(sizes) != 1:
+                raise ValueError(f"preprocess must give arrays with as many rows in each, and gave {sizes or 'none'}")
+            return predictor, request, rows
 
     def _answer(
         self,
@@ -151,7 +150,10 @@ class _Latency:
         finally:
             seconds = time.perf_counter() - started_at
             self._metrics.handled(handler, model_name, seconds)
-            self._milliseconds[handler] = round(seconds * 1000, 9)
+            self.took(handler, seconds)
+
+    def took(self, handler: str, seconds: float) -> None:
+        self._milliseconds[handler] = round(seconds * 1000, 9)
 
     def __str__(self) -> str:
         return ", ".join(f"{handler}_ms: {value:g}" for handler, value in self._milliseconds.items())
@@ -175,8 +177,5 @@ def _guarded(work: Callable[[], T]) -> T:
     """On the thread already, since a StopIteration would never reach the one who waits."""
     try:
         return work()
-    except ServingError:
-        raise
-    except Exception:
-        logger.exception("an inference failed, request %s", REQUEST_ID.get() or "N.A.")
-        raise InternalError from None
+    except Exception as error:
+        raise public(error) from None

@@ -16,8 +16,10 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from serving.errors import BadSetting, one_line
+from serving.errors import BadSetting, InternalError, ServingError, one_line
 from serving.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 ACCESS = "uvicorn.access"
 FORMATTED_ACCESS = "access"  # where KServe's --access_log_format writes
@@ -83,6 +85,14 @@ def banner(text: str) -> list[str]:
     """Lines that nobody can miss."""
     rule = "=" * 100
     return [rule, text, rule]
+
+
+def public(error: Exception) -> ServingError:
+    """What a client may be told: the error itself; of one that nobody foresaw nothing, and the log has it."""
+    if isinstance(error, ServingError):
+        return error
+    logger.error("request %s failed", REQUEST_ID.get() or "N.A.", exc_info=error)
+    return InternalError()
 
 
 def status_phrase(status: Any) -> str:

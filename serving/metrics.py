@@ -55,6 +55,18 @@ class Metrics:
             buckets=ROWS_BUCKETS,
             registry=self._registry,
         )
+        self._batches = Counter(
+            "serving_batches",
+            "Batches by why they were not larger",
+            ["model_name", "reason"],
+            registry=self._registry,
+        )
+        self._dropped = Counter(
+            "serving_dropped_requests",
+            "Requests whose client left while they waited for the model",
+            ["model_name"],
+            registry=self._registry,
+        )
         self._received = Counter(
             "serving_received_bytes", "Bodies and messages of inference requests", ["protocol"], registry=self._registry
         )
@@ -98,8 +110,21 @@ class Metrics:
         """One request has waited for the model since then, a time.perf_counter()."""
         self._stages.labels("queue").observe(time.perf_counter() - since)
 
+    def batch(self, model_name: str, reason: str) -> None:
+        """A batch was put together, for that reason."""
+        self._batches.labels(model_name, reason).inc()
+
     def run(self, model_name: str, rows: int) -> None:
         self._rows.labels(model_name).observe(rows)
+
+    def inferred(self, model_name: str, seconds: float) -> None:
+        """One request's rows were in a run that took so long."""
+        self._stages.labels("infer").observe(seconds)
+        self.handled("predict", model_name, seconds)
+
+    def dropped(self, model_name: str) -> None:
+        """A request whose client had left by the time that its turn came."""
+        self._dropped.labels(model_name).inc()
 
     def received(self, protocol: str, size_bytes: int) -> None:
         self._received.labels(protocol).inc(size_bytes)

@@ -61,7 +61,7 @@ def test_the_log_has_the_traceback_that_the_client_has_not() -> None:
         server.predict(json.dumps({"instances": ["RuntimeError"]}))
         server.stop()
 
-    assert [line for line in server.log if "an inference failed" in line]
+    assert [line for line in server.log if "request N.A. failed" in line]
     assert "RuntimeError: the secret of the text\n" in server.log
 
 

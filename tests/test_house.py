@@ -19,6 +19,7 @@ FLOORS = {
     "serving.repository": 5,
     "serving.models": 4,
     "serving.classifier": 4,
+    "serving.batching": 4,
     "serving.predictor": 3,
     "serving.command_line": 2,
     "serving.engine": 2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
@@ -10,9 +9,8 @@ import betterproto2
 import grpc
 
 from proto import wire
-from serving.errors import InternalError, InvalidInput, ServingError
-
-logger = logging.getLogger(__name__)
+from serving.errors import InvalidInput
+from serving.logs import public
 
 M = TypeVar("M", bound=betterproto2.Message)
 
@@ -39,7 +37,5 @@ def parse(message_class: type[M], message: bytes) -> M:
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     """How a call that raised this ends; what nobody foresaw is logged and not told."""
-    if not isinstance(error, ServingError):
-        logger.error("a gRPC call failed", exc_info=error)
-        error = InternalError()
-    return grpc.StatusCode[error.grpc_status], str(error)
+    told = public(error)
+    return grpc.StatusCode[told.grpc_status], str(told)
