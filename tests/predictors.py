@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 
@@ -85,3 +86,22 @@ class ProcessId(FromFile):
 
     def predict(self, rows: Rows) -> Rows:
         return {"rows": np.full(len(rows["rows"]), os.getpid())}
+
+
+class BatchSize(Echo):
+    """Answers every row with how many ran together; one that begins with a slash is a FIFO to wait at, "fail" fails."""
+
+    def predict(self, rows: Rows) -> Rows:
+        for row in rows["rows"].flat:
+            if row == b"fail":
+                raise RuntimeError("this row")
+            if isinstance(row, bytes) and row.startswith(b"/"):
+                Path(row.decode()).read_bytes()
+        return {"rows": np.full(len(rows["rows"]), len(rows["rows"]))}
+
+
+class TooFew(Echo):
+    """Loses a row."""
+
+    def predict(self, rows: Rows) -> Rows:
+        return {"rows": rows["rows"][1:]}

@@ -8,6 +8,7 @@ from types import ModuleType
 import grpc.aio
 import httpx
 import numpy as np
+import pytest
 
 from tests.pictures import PHOTOGRAPHS, v1_request
 from tests.servers import Server
@@ -44,3 +45,38 @@ async def test_every_one_of_many_requests_at_once_gets_the_answer_to_its_own_pic
         )
 
     np.testing.assert_array_equal(answers, alone * ROUNDS * 2)
+
+
+async def test_good_answers_are_bit_equal_to_those_alone_beside_bad_cancelled_and_late_requests(
+    server: Server, google: ModuleType
+) -> None:
+    pictures = list(PHOTOGRAPHS.values())
+    alone = [server.predict(v1_request(picture)).json()["predictions"] for picture in pictures]
+
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=60) as client,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer"
+        )
+
+        async def one(number: int) -> None:
+            which = number % len(pictures)
+            if number % 10 == 1:
+                damaged = await client.post("/v1/models/custom-model:predict", content=v1_request(b"\xff\xd8\xff"))
+                assert damaged.status_code == 400
+            elif number % 10 == 2:
+                with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
+                    await call(image_request(google, pictures[which]).SerializeToString(), timeout=0.02)
+            elif number % 10 == 3:
+                leaving = asyncio.create_task(client.post("/v1/models/custom-model:predict", content=requests[which]))
+                await asyncio.wait({leaving}, timeout=0.02)
+                leaving.cancel()
+                await asyncio.wait({leaving})
+            else:
+                answer = await client.post("/v1/models/custom-model:predict", content=requests[which])
+                assert answer.json()["predictions"] == alone[which]
+
+        requests = [v1_request(picture) for picture in pictures]
+        await asyncio.gather(*map(one, range(150)))

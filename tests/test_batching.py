@@ -1,0 +1,138 @@
+"""serving/batching.py: which rows run together, and whom that concerns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.servers import Server, running
+from tests.test_grpc import image_request
+from tests.test_metrics import ended, value, wait_for
+
+SIZES = "--predictor=tests.predictors:BatchSize"
+MODEL = "custom-model"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running(SIZES, "--max_batch_size=4") as server:
+        yield server
+
+
+def sizes(server: Server, *instances: Any) -> Any:
+    """How large the run was in which each instance of one request was."""
+    response = server.predict(json.dumps({"instances": instances}))
+    return response.json().get("predictions", response.status_code)
+
+
+@contextmanager
+def busy(server: Server, gate: Callable[[str], Path]) -> Iterator[Callable[..., Future[Any]]]:
+    """The model is held in a run of one row; what is submitted meanwhile has reached the queue when this ends."""
+    held = gate("held")
+    with ThreadPoolExecutor(32) as clients:
+        first = clients.submit(sizes, server, str(held))
+        waiting = 1
+        with held.open("wb"):
+
+            def submit(*instances: Any) -> Future[Any]:
+                nonlocal waiting
+                answer = clients.submit(sizes, server, *instances)
+                waiting += 1
+                wait_for(lambda: value(server, "serving_requests_at_model") == waiting, server)
+                return answer
+
+            yield submit
+        assert first.result() == [1]
+
+
+def test_a_lone_request_runs_at_once_and_alone(server: Server) -> None:
+    assert sizes(server, "a") == [1]
+    assert value(server, "serving_batches_total", model_name=MODEL, reason="idle") == 1
+
+
+def test_what_arrives_during_a_run_goes_together_in_the_next(server: Server, gate: Callable[[str], Path]) -> None:
+    with busy(server, gate) as submit:
+        answers = [submit(name) for name in "abc"]
+
+    assert [answer.result() for answer in answers] == [[3]] * 3
+    assert value(server, "serving_batches_total", model_name=MODEL, reason="queued") == 1
+    assert value(server, "serving_batch_rows_sum", model_name=MODEL) == 4
+
+
+def test_no_run_has_more_rows_than_allowed(server: Server, gate: Callable[[str], Path]) -> None:
+    with busy(server, gate) as submit:
+        answers = [submit(name) for name in "abcdef"]
+
+    assert [answer.result() for answer in answers] == [[4]] * 4 + [[2]] * 2
+    assert value(server, "serving_batches_total", model_name=MODEL, reason="full") == 1
+
+
+def test_rows_are_counted_and_not_requests(server: Server, gate: Callable[[str], Path]) -> None:
+    with busy(server, gate) as submit:
+        three, two, one = submit("a", "b", "c"), submit("d", "e"), submit("f")
+
+    assert (three.result(), one.result()) == ([4] * 3, [4])  # the one goes where it fits
+    assert two.result() == [2, 2]
+
+
+def test_a_request_larger_than_a_batch_takes_several_runs(server: Server) -> None:
+    assert sizes(server, *"abcdefghij") == [4] * 8 + [2] * 2
+
+
+def test_rows_of_different_kinds_do_not_run_together(server: Server, gate: Callable[[str], Path]) -> None:
+    with busy(server, gate) as submit:
+        text, whole, more_text, broken = submit("a"), submit(1), submit("b"), submit(1.5)
+
+    assert (text.result(), more_text.result()) == ([2], [2])
+    assert (whole.result(), broken.result()) == ([1], [1])
+
+
+def test_a_row_that_fails_fails_nobody_else(server: Server, gate: Callable[[str], Path]) -> None:
+    with busy(server, gate) as submit:
+        answers = [submit(name) for name in ("a", "fail", "c")]
+
+    assert [answer.result() for answer in answers] == [[1], 500, [1]]
+    assert value(server, "serving_batches_total", model_name=MODEL, reason="alone") == 3
+
+
+def test_a_request_whose_client_left_while_it_waited_is_not_run(
+    server: Server, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    with grpc.insecure_channel(server.grpc_address) as channel, busy(server, gate) as submit:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer"
+        )
+        leaving = call.future(image_request(google, b"x").SerializeToString(), timeout=60)
+        wait_for(lambda: value(server, "serving_requests_at_model") == 2, server)
+        leaving.cancel()
+        wait_for(lambda: ended(server).get(("grpc", "cancelled")) == 1, server)
+        stays = submit("a")  # the one that left is not counted at the model any more
+
+    assert stays.result() == [1]
+    assert value(server, "serving_dropped_requests_total", model_name=MODEL) == 1
+    assert value(server, "serving_batch_rows_sum", model_name=MODEL) == 2
+
+
+def test_a_batch_waits_to_be_filled_where_that_is_wished(gate: Callable[[str], Path]) -> None:
+    with running(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=60000") as server, ThreadPoolExecutor() as clients:
+        assert list(clients.map(lambda name: sizes(server, name), "abc")) == [[3]] * 3
+
+    with running(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=10") as server:
+        assert sizes(server, "a") == [1]
+        assert value(server, "serving_batches_total", model_name=MODEL, reason="delay") == 1
+
+
+def test_a_predictor_that_loses_rows_is_found_out() -> None:
+    with running("--predictor=tests.predictors:TooFew") as server:
+        assert sizes(server, 1, 2) == 500
+        server.stop()
+
+    assert any("predict was given 2 rows and gave 1 of rows" in line for line in server.log)
