@@ -5,6 +5,11 @@ ARCH ?= alexnet
 WEIGHTS ?= pretrained
 PRECISION ?= fp32
 OUT ?= model
+# Of make bench: exported models, and the picture that is sent.
+MODEL ?= model
+REQUEST ?= examples/input.json
+SECONDS ?= 5
+ROUNDS ?= 3
 # Where CPU builds of torch come from; empty, or out of reach, means pip's own index.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
@@ -13,12 +18,13 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 TORCH_PINS = $(shell grep -o '^torch[a-z]*==[0-9.]*' requirements-export.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help run model test lint proto clean
+.PHONY: help run model test bench lint proto clean
 
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
 	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32 OUT=model"
 	@echo "make test    run the tests"
+	@echo "make bench   measure the server: MODEL=model REQUEST=examples/input.json SECONDS=5 ROUNDS=3"
 	@echo "make lint    ruff and mypy"
 	@echo "make proto   generate proto/generated from the .proto files"
 	@echo "make clean   remove the environments and the exported model"
@@ -35,6 +41,9 @@ model: $(VENV)/.export
 test: $(VENV)/.dev .venv-kserve/.kserve
 	$(VENV)/bin/python -m pytest
 
+bench: $(VENV)/.dev $(addsuffix /model.onnx,$(MODEL))
+	$(VENV)/bin/python -m bench $(addprefix --model ,$(MODEL)) --request $(REQUEST) --seconds $(SECONDS) --rounds $(ROUNDS)
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -45,7 +54,7 @@ proto: $(VENV)/.dev
 	$(VENV)/bin/python -m proto.generate
 
 clean:
-	rm -rf $(VENV) .venv-kserve model .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-kserve model bench.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,75 @@
+"""What the cores can do with no server: decode, resize, run and answer in a bare loop.
+
+`python -m bench.limit MODEL_DIR REQUEST SECONDS` prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+from bench.payloads import picture
+from serving.classifier import Classifier
+from serving.cpus import available_cpus
+from serving.predictor import Request
+from serving.settings import Settings
+from serving.tensors import tensor_of_values
+
+BATCH = 8
+
+
+def loaded(model_dir: Path, threads: int) -> Classifier:
+    classifier = Classifier(Settings(threads=threads), model_dir)
+    classifier.load()
+    return classifier
+
+
+def answer(classifier: Classifier, request: Request) -> None:
+    classifier.postprocess(classifier.predict(classifier.preprocess(request)), request)
+
+
+def alone_seconds(classifier: Classifier, image: bytes, seconds: float) -> float:
+    """The median time of one image at a time, on all cores."""
+    request = Request("", (tensor_of_values("", "BYTES", [1], [image]),))
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started_at = time.perf_counter()
+        answer(classifier, request)
+        times.append(time.perf_counter() - started_at)
+    return median(times)
+
+
+def images_per_second(classifier: Classifier, image: bytes, seconds: float) -> float:
+    """A thread a core, each with batches and with one thread of the engine: nothing waits for anything."""
+    request = Request("", (tensor_of_values("", "BYTES", [BATCH], [image] * BATCH),))
+    done = [0] * available_cpus()
+    started_at = time.perf_counter()
+
+    def work(number: int) -> None:
+        while time.perf_counter() < started_at + seconds:
+            answer(classifier, request)
+            done[number] += BATCH
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(done))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - started_at)
+
+
+def main() -> None:
+    logging.disable()
+    model_dir, image, seconds = Path(sys.argv[1]), picture(Path(sys.argv[2])), float(sys.argv[3])
+    rate = images_per_second(loaded(model_dir, 1), image, seconds)
+    alone = alone_seconds(loaded(model_dir, available_cpus()), image, seconds / 2)
+    sys.stdout.write(json.dumps({"images_per_second": rate, "alone_seconds": alone}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The server that is measured, and what the kernel says of its processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 120.0
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A running server; `ready_seconds` are from its exec to its first answer."""
+
+    process_id: int
+    url: str
+    grpc_address: str
+    ready_seconds: float
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Its own, and those of its workers."""
+        children = Path(f"/proc/{self.process_id}/task/{self.process_id}/children").read_text().split()
+        return [self.process_id, *map(int, children)]
+
+    def cpu_seconds(self) -> float:
+        fields = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in self.process_ids]
+        return sum(int(field[11]) + int(field[12]) for field in fields) / TICKS
+
+    def memory_mib(self, kind: str) -> float:
+        """`Rss`, or `Pss`, in which pages that processes share count once."""
+        texts = [Path(f"/proc/{one}/smaps_rollup").read_text() for one in self.process_ids]
+        return sum(int(found[1]) for text in texts if (found := re.search(rf"^{kind}:\s+(\d+)", text, re.M))) / 1024
+
+
+@contextmanager
+def started(command: Sequence[str], url: str, grpc_address: str = "") -> Iterator[Subject]:
+    """Any server, once it answers `url`; stopped at the end. Raises SystemExit where it does not start."""
+    started_at = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not _answers(url):
+                if process.poll() is not None or time.perf_counter() > started_at + START_SECONDS:
+                    raise SystemExit(f"bench: {' '.join(command)} does not answer {url}")
+                time.sleep(0.01)
+            yield Subject(process.pid, url, grpc_address, time.perf_counter() - started_at)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+@contextmanager
+def serving(model_dir: Path, *flags: str) -> Iterator[Subject]:
+    """This server, on free ports."""
+    http_port, grpc_port = _free_port(), _free_port()
+    places = [f"--model_dir={model_dir}", "--host=127.0.0.1", f"--http_port={http_port}", f"--grpc_port={grpc_port}"]
+    command = [sys.executable, "app.py", *places, *flags]
+    with started(command, f"http://127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}") as subject:
+        yield subject
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code < 500
+    except httpx.TransportError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
