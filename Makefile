@@ -22,7 +22,7 @@ TORCH_PINS = $(shell grep -o '^torch[a-z]*==[0-9.]*' requirements-export.txt)
 
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
-	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32 OUT=model"
+	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32|fp16|int8 OUT=model"
 	@echo "make test    run the tests"
 	@echo "make bench   measure the server: MODEL=model REQUEST=examples/input.json SECONDS=5 ROUNDS=3"
 	@echo "make lint    ruff and mypy"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -29,11 +30,13 @@ def _export(arguments: argparse.Namespace) -> int:
     step = _Progress()
     step("importing torch")
     # Here, so that --help and a wrong flag answer at once.
-    from model_export import export, source, verify
+    from model_export import export, quantize, source, verify
+
+    images, origin = quantize.images(arguments.calibration)
 
     step(f"loading {arguments.arch} with weights {arguments.weights}")
     original = source.load_source(arguments.arch, arguments.weights)
-    card = export.make_card(original, arguments.precision)
+    card = export.make_card(original)
     step(f"converting to ONNX, opset {card.opset}")
     model = export.convert(original, card)
 
@@ -41,9 +44,18 @@ def _export(arguments: argparse.Namespace) -> int:
         step("comparing with the original")
         step(f"  {verify.verify(original, directory)}")
 
-    step(f"writing {sum(tensor.nbytes for tensor in original.model.parameters()) / 1e6:.0f} MB of weights")
-    file = export.write(model, card, arguments.output, check)
-    step(f"{file} is ready: {card.architecture}, weights {card.weights}, {card.precision}")
+    if arguments.precision == "fp32":
+        file = export.write(model, card, arguments.output, check)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            exact = Path(scratch)
+            export.write(model, card, exact, check)
+            step(f"making it {arguments.precision}, on {origin}")
+            model, card = quantize.smaller(model, card, exact, arguments.precision, images, origin)
+            step(f"  {quantize.in_words(card.precision_error)}")
+            file = export.write(model, card, arguments.output, lambda _: None)
+    size = sum(path.stat().st_size for path in arguments.output.glob(f"*{export.WEIGHTS_SUFFIX}")) / 1e6
+    step(f"{file} is ready: {card.architecture}, weights {card.weights}, {card.precision}, {size:.0f} MB")
     if card.warning:
         print(*banner(card.warning), sep="\n")
     return 0
@@ -61,7 +73,18 @@ def _arguments() -> argparse.Namespace:
         help="pretrained: torchvision's for ImageNet, or fail (default); auto: those, or seeded:0 behind a warning; "
         "seeded:N: untrained, from seed N; or the path of a state dict",
     )
-    parser.add_argument("--precision", default="fp32", choices=["fp32"], help="of weights and arithmetic")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=["fp32", "fp16", "int8"],
+        help="fp16 stores weights in half the room, int8 also computes in 8 bits; how far the answers then are from "
+        "fp32's is printed, and written into the model",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="pictures to set int8's ranges by, in a directory; else scikit-image's photographs",
+    )
     parser.add_argument("--output", default="model", type=Path, help="directory to write to (default model)")
     return parser.parse_args()
 

@@ -22,13 +22,13 @@ MODEL_FILE = "model.onnx"
 WEIGHTS_SUFFIX = ".weights"
 
 
-def make_card(source: Source, precision: str) -> ModelCard:
+def make_card(source: Source) -> ModelCard:
     preset = source.preset
     return ModelCard(
         architecture=source.architecture,
         weights=source.weights,
         weights_sha256=source.weights_sha256,
-        precision=precision,
+        precision="fp32",
         resize_pixels=preset.resize_size[0],
         crop_pixels=preset.crop_size[0],
         interpolation=preset.interpolation.name,

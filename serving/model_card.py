@@ -15,6 +15,7 @@ class ModelCard:
 
     `weights` is what the export was asked for and found, as pretrained:NAME, file:NAME or seeded:N; `interpolation`
     is a name of PIL.Image.Resampling; `mean` and `std` are of values in 0..1, one a channel; `labels` is one a class.
+    `precision_error` is how far the logits are from those in fp32, and on what images; empty for fp32 itself.
     """
 
     architecture: str
@@ -29,6 +30,7 @@ class ModelCard:
     labels: tuple[str, ...] = field(repr=False)
     opset: int
     versions: Mapping[str, str]
+    precision_error: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def warning(self) -> str:

@@ -139,7 +139,7 @@ def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_run_is_damaged_before_anybody_asks_it(tmp_path: Path, original: Source) -> None:
-    identity_model(tmp_path, make_card(original, "fp32").to_properties())
+    identity_model(tmp_path, make_card(original).to_properties())
 
     with pytest.raises(ModelDamaged, match=r"does not run \(.*\); export the model again$"):
         Classifier(Settings(), tmp_path).load()

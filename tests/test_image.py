@@ -26,7 +26,7 @@ MANY_PIXELS = 100_000_000
 
 @pytest.fixture(scope="module")
 def preprocessing(original: Source) -> Preprocessing:
-    card = make_card(original, "fp32")
+    card = make_card(original)
     return Preprocessing(card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std)
 
 

@@ -125,7 +125,7 @@ def test_a_model_that_answers_something_else_is_refused(model_dir: Path, tmp_pat
 def test_a_failed_verification_leaves_nothing(tmp_path: Path, original: Source) -> None:
     from model_export.export import convert, make_card, write
 
-    card = make_card(original, "fp32")
+    card = make_card(original)
 
     def refuse(directory: Path) -> None:
         assert (directory / "model.onnx").exists()

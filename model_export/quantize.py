@@ -1,0 +1,149 @@
+"""Smaller forms of an exported model, weights in half precision or all in 8 bits, and how wrong they are."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from model_export.errors import BadRequest, Mismatch
+from model_export.export import write
+from model_export.verify import photographs
+from serving.classifier import Classifier
+from serving.image import SIGNATURES
+from serving.model_card import ModelCard
+from serving.predictor import Request
+from serving.settings import Settings
+from serving.tensors import tensor_of_values
+
+WORTH_HALVING_BYTES = 4096  # biases stay exact
+LEAST_COSINE = {"fp16": 0.9999, "int8": 0.99}  # of an image's logits with those in fp32
+
+
+def images(folder: Path | None) -> tuple[list[bytes], str]:
+    """Every picture in the folder, else the photographs of `verify`; and what they are. Raises BadRequest."""
+    if folder is None:
+        paths = photographs()
+        return [path.read_bytes() for path in paths], f"{len(paths)} photographs of scikit-image"
+    found = [path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()]
+    pictures = [data for data in found if data.startswith(SIGNATURES)]
+    if not pictures:
+        raise BadRequest(f"--calibration={folder} has no pictures")
+    return pictures, f"{len(pictures)} pictures of --calibration"
+
+
+def smaller(
+    model: onnx_ir.Model, card: ModelCard, exact: Path, precision: str, pictures: Sequence[bytes], origin: str
+) -> tuple[onnx_ir.Model, ModelCard]:
+    """The model, which lies exported in `exact`, in another precision; its card has the error. Raises Mismatch."""
+    made = to_half(model) if precision == "fp16" else to_int8(exact, pictures)
+    card = replace(card, precision=precision)
+    made.metadata_props.update(card.to_properties())
+    with tempfile.TemporaryDirectory() as scratch:
+        write(made, card, Path(scratch), lambda _: None)
+        found = {"images": origin, **error(exact, Path(scratch), pictures)}
+    if not found["cosine_min"] >= LEAST_COSINE[precision]:
+        raise Mismatch(f"{precision} is too far from fp32: {in_words(found)}; another --calibration may help")
+    card = replace(card, precision_error=found)
+    made.metadata_props.update(card.to_properties())
+    return made, card
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['images']}: cosine of the logits {found['cosine_min']:.4f} at least, relative L2 "
+        f"{found['relative_l2_max']:.3f} at most; the best class agrees on {found['top1_agreement']:.0%}, "
+        f"the five best to {found['top5_agreement']:.0%}"
+    )
+
+
+def to_half(model: onnx_ir.Model) -> onnx_ir.Model:
+    """The same with its weights stored in FP16; each is cast to FP32 as it is loaded, so a CPU computes as ever."""
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or tensor.nbytes < WORTH_HALVING_BYTES:
+            continue
+        with np.errstate(over="ignore"):  # what FP16 cannot hold shows in the error
+            half = onnx_ir.tensor(tensor.numpy().astype(np.float16), name=f"{name}_half")
+        stored = onnx_ir.Value(name=half.name, type=onnx_ir.TensorType(half.dtype), shape=value.shape, const_value=half)
+        cast = onnx_ir.node("Cast", [stored], attributes={"to": onnx_ir.DataType.FLOAT})
+        cast.outputs[0].name = f"{name}_single"
+        onnx_ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        graph.initializers.pop(name)
+        graph.register_initializer(stored)
+        graph.insert_before(graph[0], cast)
+    return model
+
+
+def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
+    """The model of an export's directory in static QDQ form, weights per channel, calibrated on `pictures`."""
+
+    class Pixels(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rows = iter(_rows(directory, pictures))
+
+        def get_next(self) -> Mapping[str, NDArray[np.float32]] | None:
+            return next(self._rows, None)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        quantized = Path(scratch) / "model.onnx"
+        logging.disable(logging.WARNING)  # it advises a preparation that torch's exporter has done
+        try:
+            quantize_static(
+                directory / "model.onnx",
+                quantized,
+                Pixels(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+        return onnx_ir.from_proto(onnx.load(quantized))
+
+
+def error(exact: Path, made: Path, pictures: Sequence[bytes]) -> dict[str, Any]:
+    """How far the logits of the model in `made` are from those of the one in `exact`: the worst and the mean image."""
+    expected, found = _logits(exact, pictures), _logits(made, pictures)
+    with np.errstate(all="ignore"):  # not-a-number is an answer here: the worst
+        cosine = (expected * found).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(found, axis=1)
+        relative = np.linalg.norm(expected - found, axis=1) / np.linalg.norm(expected, axis=1)
+    best, also = np.argsort(-expected, axis=1)[:, :5], np.argsort(-found, axis=1)[:, :5]
+    common = [len(set(one) & set(other)) / best.shape[1] for one, other in zip(best, also, strict=True)]
+    return {
+        "cosine_min": float(cosine.min()),
+        "cosine_mean": float(cosine.mean()),
+        "relative_l2_max": float(relative.max()),
+        "relative_l2_mean": float(relative.mean()),
+        "top1_agreement": float((best[:, 0] == also[:, 0]).mean()),
+        "top5_agreement": float(np.mean(common)),
+    }
+
+
+def _classifier(directory: Path) -> Classifier:
+    classifier = Classifier(Settings(device="cpu"), directory)
+    classifier.load()
+    return classifier
+
+
+def _rows(directory: Path, pictures: Sequence[bytes]) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """Each image as the server prepares it."""
+    classifier = _classifier(directory)
+    for image in pictures:
+        yield classifier.preprocess(Request("model", (tensor_of_values("image", "BYTES", [1], [image]),)))
+
+
+def _logits(directory: Path, pictures: Sequence[bytes]) -> NDArray[np.float32]:
+    classifier = _classifier(directory)
+    return np.concatenate([classifier.predict(rows)["logits"] for rows in _rows(directory, pictures)])
