@@ -39,8 +39,8 @@ class Metrics:
         }
         self._stages = Histogram(
             "serving_stage_seconds",
-            "Time of an inference request in reading its body, decoding it to rows, waiting for the model, the model, "
-            "and encoding the answer",
+            "Time of an inference request in reading its body, waiting for its turn, decoding it to rows, waiting for "
+            "the model, the model, and encoding the answer",
             ["stage"],
             buckets=SECONDS_BUCKETS,
             registry=self._registry,
