@@ -1,0 +1,62 @@
+"""bench: that what is measured is real, and what is printed is what was measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench import load
+from bench.payloads import Payload, payloads
+from bench.report import Point, medians, plot, table
+from bench.subject import serving
+from tests.servers import PROJECT, Server
+
+REQUEST = PROJECT / "examples/input.json"
+
+
+@pytest.mark.parametrize("payload", payloads(REQUEST), ids=lambda payload: payload.name)
+def test_every_payload_is_answered(payload: Payload, server: Server) -> None:
+    if payload.path:
+        response = httpx.post(server.url + payload.path, content=payload.body, headers=payload.headers, timeout=60)
+        assert response.status_code == 200, response.text
+    else:
+        result = load.grpc_calls(server.grpc_address, payload, connections=2, seconds=0.5)
+        assert (result.requests > 0, result.failed) == (True, 0)
+        assert 0 < result.p50_ms <= result.p99_ms
+
+
+def test_the_kernel_is_asked_about_the_server_and_its_workers(model_dir: Path) -> None:
+    with serving(model_dir, "--workers=2") as subject:
+        assert len(subject.process_ids) == 3
+        assert 0 < subject.memory_mib("Pss") < subject.memory_mib("Rss")
+        assert subject.cpu_seconds() > 0
+        assert subject.ready_seconds < 60
+
+    assert not Path(f"/proc/{subject.process_id}").exists()
+
+
+def test_the_limit_is_measured_in_a_process_of_its_own(model_dir: Path) -> None:
+    command = [sys.executable, "-m", "bench.limit", str(model_dir), str(REQUEST), "0.5"]
+
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True, timeout=60, env=os.environ)
+
+    assert '"images_per_second"' in done.stdout
+    assert '"alone_seconds"' in done.stdout
+
+
+def test_a_row_is_the_median_of_its_rounds_and_ratios_are_taken_within_one(tmp_path: Path) -> None:
+    results = [load.Result(per_second, 10.0, 20.0, 100, 1) for per_second in (40.0, 90.0, 50.0)]
+    limits = (80.0, 90.0, 50.0)
+    points = [Point("V1 JSON", 16, result, 25.0, limit, 8.0) for result, limit in zip(results, limits, strict=True)]
+
+    (row,) = medians(points)
+
+    assert (row.per_second, row.of_limit, row.added_ms, row.failed) == (50.0, 1.0, 2.0, 3)
+    assert "| V1 JSON | 16 | 50.0 | 1.00 | 10.0 | 20.0 | 25.0 |  | 3 |" in table([row])
+    plot({"fp32": [row]}, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
