@@ -82,10 +82,16 @@ class Batcher:
             self._changed.notify()
 
     def _work(self) -> None:
-        while batch := self._next():
-            for waiting in batch:
-                self._metrics.queued(waiting.since)
+        while self._run_next():
+            pass  # and nothing here holds on to a batch, whose model may be unloaded meanwhile
+
+    def _run_next(self) -> bool:
+        batch = self._next()
+        for waiting in batch:
+            self._metrics.queued(waiting.since)
+        if batch:
             self._run(batch)
+        return bool(batch)
 
     def _next(self) -> list[_Waiting]:
         """The oldest request, and those behind it that fit in its run; empty when closed."""
