@@ -1,7 +1,8 @@
 """Log lines: KServe's format and loggers unless a file says otherwise, or JSON for machines.
 
-Configurations written for KServe name classes and loggers of uvicorn, which is not installed: their class names are
-taken for the ones here, and access lines go to the logger `uvicorn.access` as there.
+Configurations written for KServe name its loggers, and classes and loggers of uvicorn, which is not installed: the
+class names are taken for the ones here, access lines go to the logger `uvicorn.access` as there, and what this server
+and Hypercorn say is handled as `kserve` and `uvicorn.error` are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 ACCESS = "uvicorn.access"
 FORMATTED_ACCESS = "access"  # where KServe's --access_log_format writes
 TRACE = "kserve.trace"
+HANDLED_AS = {"serving": "kserve", "hypercorn.error": "uvicorn.error"}
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The client's x-request-id, of the request that is being answered."""
 
@@ -110,22 +112,29 @@ def configure_logging(settings: Settings, environment: Mapping[str, str]) -> Non
         raise BadSetting(f"KSERVE_LOGLEVEL must be one of {', '.join(LEVELS)}, not {level}")
     if not settings.configure_logging:
         return
+    for name, kserves in HANDLED_AS.items():
+        logging.getLogger(name).parent = logging.getLogger(kserves)
     file = settings.log_config_file
     try:
         if file is None:
-            logging.config.dictConfig(_default_configuration(level, settings.log_format))
+            configure(_default_configuration(level, settings.log_format))
         elif file.suffix == ".json":
-            logging.config.dictConfig(_ours(json.loads(file.read_text())))
+            configure(json.loads(file.read_text()))
         elif file.suffix in (".yaml", ".yml"):
             import yaml  # only who has such a file needs it
 
-            logging.config.dictConfig(_ours(yaml.safe_load(file.read_text())))
+            configure(yaml.safe_load(file.read_text()))
         else:
             ini = configparser.RawConfigParser()
             ini.read_string(_ours(file.read_text()))
             logging.config.fileConfig(ini, disable_existing_loggers=False)
     except Exception as error:  # dictConfig raises nearly anything
         raise BadSetting(f"--log_config_file={file} cannot be used: {one_line(error)}") from error
+
+
+def configure(configuration: dict[str, Any]) -> None:
+    """For a predictor that brings its own: as logging.config.dictConfig; those written for KServe work unchanged."""
+    logging.config.dictConfig(_ours(configuration))
 
 
 def _ours(configuration: Any) -> Any:

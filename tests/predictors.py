@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from inspect import signature
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from serving import errors
+from serving.logs import configure
 from serving.predictor import Predictor, Request, Response, Rows
 from serving.tensors import Tensor
 
@@ -105,3 +107,10 @@ class TooFew(Echo):
 
     def predict(self, rows: Rows) -> Rows:
         return {"rows": rows["rows"][1:]}
+
+
+class ConfiguresLogging(Echo):
+    """Brings a configuration of logging of its own, as the tutorial's model does in its main."""
+
+    def load(self) -> None:
+        configure(json.loads(os.environ["TEST_LOGGING"]))

@@ -138,6 +138,53 @@ def test_nothing_of_a_body_is_logged(tmp_path: Path, google: ModuleType) -> None
         assert not [line for line in out + err if PAYLOAD in line or "secret" in line]
 
 
+# The formats, handlers and loggers of the tutorial's example, which it gives as JSON, as YAML and as a dictionary.
+SECOND = "%Y-%m-%d %H:%M:%S"
+TUTORIALS_FORMATS = {
+    "kserve": "%(asctime)s.%(msecs)03d %(filename)s:%(funcName)s():%(lineno)s %(message)s",
+    "kserve_trace": "%(asctime)s.%(msecs)03d %(name)s %(message)s",
+    "uvicorn": "%(asctime)s.%(msecs)03d %(name)s %(levelprefix)s %(message)s",
+}
+TUTORIALS_CONFIGURATION: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        name: {"()": "logging.Formatter", "fmt": form, "datefmt": SECOND} for name, form in TUTORIALS_FORMATS.items()
+    },
+    "handlers": {
+        name: {"formatter": name, "class": "logging.StreamHandler", "stream": "ext://sys.stderr"}
+        for name in TUTORIALS_FORMATS
+    },
+    "loggers": {
+        name: {"handlers": [name.replace(".", "_")], "level": "INFO", "propagate": False}
+        for name in ("kserve", "kserve.trace", "uvicorn")
+    },
+}
+TUTORIALS_CONFIGURATION["formatters"]["uvicorn"] |= {"()": "uvicorn.logging.DefaultFormatter", "use_colors": None}
+
+
+@pytest.mark.parametrize("form", ["json", "yaml", "dictionary"])
+def test_the_tutorials_configuration_gives_its_formats(form: str, tmp_path: Path) -> None:
+    file = tmp_path / f"logging.{form}"
+    file.write_text((yaml.safe_dump if form == "yaml" else json.dumps)(TUTORIALS_CONFIGURATION))
+    flag = f"--log_config_file={file}" if form != "dictionary" else "--predictor=tests.predictors:ConfiguresLogging"
+
+    def ask(server: Server) -> None:
+        server.predict('{"instances": [1]}')
+
+    out, err = output(tmp_path, ask, flag, TEST_LOGGING=json.dumps(TUTORIALS_CONFIGURATION))
+
+    assert out == []  # its access lines go to standard error
+    for start in (
+        r"lifecycle\.py:_serve\(\):\d+ ready after ",
+        r"kserve\.trace requestId: N\.A\., preprocess_ms: ",
+        r'uvicorn\.access INFO:     127\.0\.0\.1:\d+ - "POST /v1/models/custom-model:predict HTTP/1\.1" 200',
+        r"lifecycle\.py:_serve\(\):\d+ stopped",
+    ):
+        assert [line for line in err if re.match(rf"{TIME} {start}", line)], start
+    assert all(re.match(TIME, line) for line in err[1:])
+
+
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml", ".ini", ".conf"])
 def test_a_configuration_written_for_kserve_works_unchanged(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"logging{suffix}"
