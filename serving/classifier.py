@@ -43,7 +43,12 @@ class Classifier(Predictor):
             ) from error
         self.warning = self.card.warning
         self.preprocessing = image.Preprocessing(
-            self.card.resize_pixels, self.card.crop_pixels, self.card.interpolation, self.card.mean, self.card.std
+            self.card.resize_pixels,
+            self.card.crop_pixels,
+            self.card.interpolation,
+            self.card.mean,
+            self.card.std,
+            self.settings.fast_decode,
         )
         self.row_shape = (3, self.card.crop_pixels, self.card.crop_pixels)
         self.labels = np.array([label.encode() for label in self.card.labels], object)
@@ -119,7 +124,9 @@ class Classifier(Predictor):
 
     def _image(self, name: str, row: int, element: bytes) -> NDArray[np.float32]:
         try:
-            return self.preprocessing(image.decode(image.image_bytes(element), self.settings.max_image_pixels))
+            shorter_pixels = self.card.resize_pixels if self.settings.fast_decode else 0
+            picture = image.decode(image.image_bytes(element), self.settings.max_image_pixels, shorter_pixels)
+            return self.preprocessing(picture)
         except (InvalidInput, TooLarge) as error:
             raise type(error)(f"input '{name}', row {row}: {error}") from None
 

@@ -21,6 +21,7 @@ PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin, Bmp
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
+EXTENT = "extent"  # in info: the size of what is in the picture, whose last row and column may be half filled
 DAMAGED = "a truncated, damaged or unsupported image"
 
 MOST_RESIZED_PIXELS = 65_536  # of the longer side: an aspect ratio of 1 : 256 for a shorter side of 256
@@ -57,8 +58,11 @@ def from_base64(text: str | bytes) -> bytes:
         raise InvalidInput("not valid base64") from None
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame as an RGB picture, transparency dropped. Raises InvalidInput and TooLarge."""
+def decode(data: bytes, max_pixels: int, shorter_pixels: int = 0) -> Image.Image:
+    """The first frame as an RGB picture, transparency dropped. Raises InvalidInput and TooLarge.
+
+    A JPEG is decoded to a half, a quarter or an eighth where its shorter side keeps `shorter_pixels` so; never, if 0.
+    """
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception:  # Pillow's readers raise nearly anything on hostile bytes
@@ -69,6 +73,11 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         if picture.width * picture.height > max_pixels:
             raise TooLarge(f"an image of {picture.width} × {picture.height} exceeds max_image_pixels ({max_pixels})")
         try:
+            if shorter_pixels:
+                share = shorter_pixels / min(picture.size)
+                drafted = picture.draft("RGB", (math.ceil(picture.width * share), math.ceil(picture.height * share)))
+                if drafted:
+                    picture.info[EXTENT] = drafted[1][2:]
             return _rgb(picture)
         except Exception:
             raise InvalidInput(DAMAGED) from None
@@ -95,6 +104,8 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fast: bool = False
+    """Resize only what the crop keeps: a third faster, and a few pixels differ by a grey level."""
 
     def __call__(self, picture: Image.Image) -> NDArray[np.float32]:
         """An RGB picture to [3, crop_pixels, crop_pixels], normalised."""
@@ -109,18 +120,17 @@ class Preprocessing:
         return planes
 
     def _resized_centre(self, picture: Image.Image) -> Image.Image:
-        width, height = picture.size
+        width, height = picture.info.get(EXTENT, picture.size)
         longer = int(self.resize_pixels * max(width, height) / min(width, height))
         resized = (self.resize_pixels, longer) if width <= height else (longer, self.resize_pixels)
         left, top = (round((size - self.crop_pixels) / 2) for size in resized)
         box = (left, top, left + self.crop_pixels, top + self.crop_pixels)
         resampling = Image.Resampling[self.interpolation]
-        if longer <= MOST_RESIZED_PIXELS:
+        if longer <= MOST_RESIZED_PIXELS and not self.fast:
             return picture.resize(resized, resampling).crop(box)
-        # A picture of 1 × 10,000 would grow to 256 × 2,560,000: resize only what the crop keeps. Pillow's arithmetic
-        # may then differ by a grey level in a few pixels.
-        x_first, x_last, x_low, x_high = _source(left, left + self.crop_pixels, width / resized[0], width)
-        y_first, y_last, y_low, y_high = _source(top, top + self.crop_pixels, height / resized[1], height)
+        # A picture of 1 × 10,000 would grow to 256 × 2,560,000. Pillow's arithmetic is not quite the same this way.
+        x_first, x_last, x_low, x_high = _source(left, left + self.crop_pixels, width / resized[0], picture.width)
+        y_first, y_last, y_low, y_high = _source(top, top + self.crop_pixels, height / resized[1], picture.height)
         near = picture.crop((x_first, y_first, x_last, y_last))
         return near.resize((self.crop_pixels, self.crop_pixels), resampling, box=(x_low, y_low, x_high, y_high))
 

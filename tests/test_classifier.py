@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from PIL import Image
 
 from model_export.export import make_card
 from model_export.source import Source
+from serving import image
 from serving.classifier import Classifier
 from serving.errors import InvalidInput, ModelDamaged
 from serving.predictor import Request
 from serving.settings import Settings
 from serving.tensors import Tensor, tensor_of_values
-from tests.pictures import CAT, MODES, PHOTOGRAPHS
+from tests.pictures import CAT, MODES, PHOTOGRAPHS, encoded
 from tests.test_image import torchvisions_pixels
 
 MOST_DIFFERENCE = 1e-4
@@ -143,3 +146,44 @@ def test_a_model_that_does_not_run_is_damaged_before_anybody_asks_it(tmp_path: P
 
     with pytest.raises(ModelDamaged, match=r"does not run \(.*\); export the model again$"):
         Classifier(Settings(), tmp_path).load()
+
+
+@pytest.fixture(scope="module")
+def fast(model_dir: Path) -> Classifier:
+    classifier = Classifier(Settings(fast_decode=True), model_dir)
+    classifier.load()
+    return classifier
+
+
+def grey_levels(fast: Classifier, classifier: Classifier, picture: bytes) -> NDArray[np.float32]:
+    """By how much of 255 the pixels of the crop differ."""
+    one, other = (each.preprocess(images(picture))["pixels"][0] for each in (fast, classifier))
+    differences: NDArray[np.float32] = np.abs(one - other) * np.array(classifier.card.std)[:, None, None] * 255
+    return differences
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("times", [1, 3])
+def test_fast_decoding_of_a_jpeg_differs_by_three_grey_levels_on_average_and_hardly_in_its_logits(
+    name: str, times: int, fast: Classifier, classifier: Classifier
+) -> None:
+    picture = Image.open(io.BytesIO(PHOTOGRAPHS[name])).convert("RGB")
+    jpeg = encoded(picture.resize((picture.width * times, picture.height * times)), "JPEG", quality=90)
+
+    assert grey_levels(fast, classifier, jpeg).mean() < 3
+    one, other = (logits_of(each, images(jpeg))[0] for each in (fast, classifier))
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.999
+
+
+@pytest.mark.parametrize("name", [name for name in MODES if not name.startswith("JPEG")])
+def test_fast_decoding_of_anything_else_differs_by_two_grey_levels_at_most(
+    name: str, fast: Classifier, classifier: Classifier
+) -> None:
+    assert grey_levels(fast, classifier, MODES[name]).max() < 2.5
+
+
+def test_fast_decoding_makes_no_picture_smaller_than_it_is_needed(fast: Classifier) -> None:
+    jpeg = encoded(Image.open(io.BytesIO(CAT)).convert("RGB").resize((2100, 1500)), "JPEG")
+
+    assert image.decode(jpeg, 10**9, fast.card.resize_pixels).size == (525, 375)
+    assert image.decode(jpeg, 10**9).size == (2100, 1500)
