@@ -39,7 +39,7 @@ model: $(VENV)/.export
 	$(VENV)/bin/python -m model_export --arch $(ARCH) --weights $(WEIGHTS) --precision $(PRECISION) --output $(OUT)
 
 test: $(VENV)/.dev .venv-kserve/.kserve
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.dev $(addsuffix /model.onnx,$(MODEL))
 	$(VENV)/bin/python -m bench $(addprefix --model ,$(MODEL)) --request $(REQUEST) --seconds $(SECONDS) --rounds $(ROUNDS)
