@@ -67,7 +67,7 @@ class ClientLeft(ServingError):
 
 
 class InternalError(ServingError):
-    """Something of ours, or of the predictor's, is broken: the log has it, the client does not. Raised by dataplane."""
+    """Something of ours, or of the predictor's, is broken: the log has it, the client does not. From logs.public."""
 
     http_status = 500
     grpc_status = "INTERNAL"
@@ -108,7 +108,7 @@ class LoadFailed(ServingError):
 
 
 class Overloaded(ServingError):
-    """As many requests are under way as are allowed at once. Raised by dataplane."""
+    """As many requests are under way as are allowed at once. Raised by dataplane and repository."""
 
     http_status = 503
     grpc_status = "UNAVAILABLE"
