@@ -83,6 +83,7 @@ def _point(
         return load.grpc_calls(subject.grpc_address, payload, connections, duration)
 
     run(WARM_UP_SECONDS)
+    subject.settle()
     cpu_seconds = subject.cpu_seconds()
     result = run(seconds)
     cpu_ms = (subject.cpu_seconds() - cpu_seconds) * 1e3 / result.requests

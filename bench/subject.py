@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 
 START_SECONDS = 120.0
+QUIET_SECONDS, QUIET_SHARE = 0.4, 0.1
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -38,6 +39,13 @@ class Subject:
     def cpu_seconds(self) -> float:
         fields = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in self.process_ids]
         return sum(int(field[11]) + int(field[12]) for field in fields) / TICKS
+
+    def settle(self) -> None:
+        """Wait until it works no more: on what clients asked who have left, it may go on for a while."""
+        before = -1.0
+        while (now := self.cpu_seconds()) - before > QUIET_SHARE * QUIET_SECONDS:
+            before = now
+            time.sleep(QUIET_SECONDS)
 
     def memory_mib(self, kind: str) -> float:
         """`Rss`, or `Pss`, in which pages that processes share count once."""
