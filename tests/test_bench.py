@@ -32,6 +32,7 @@ def test_every_payload_is_answered(payload: Payload, server: Server) -> None:
 
 def test_the_kernel_is_asked_about_the_server_and_its_workers(model_dir: Path) -> None:
     with serving(model_dir, "--workers=2") as subject:
+        subject.settle()  # one of them answers: the other may be loading
         assert len(subject.process_ids) == 3
         assert 0 < subject.memory_mib("Pss") < subject.memory_mib("Rss")
         assert subject.cpu_seconds() > 0
