@@ -277,6 +277,7 @@ def failing() -> Iterator[Server]:
         ("InvalidInput", "INVALID_ARGUMENT", "the secret of the text"),
         ("RuntimeError", "INTERNAL", "Internal server error"),
         ("NotSupported", "UNIMPLEMENTED", "the secret of the text"),
+        ("NotImplementedError", "INTERNAL", "Internal server error"),
     ],
 )
 def test_error_of_the_handler(raised: str, code: str, details: str, failing: Server, google: ModuleType) -> None:

@@ -281,7 +281,15 @@ FAILURES = [
         "KServe tells the exception",
     ),
     Row("InvalidInput", PREDICT, {"error": "the secret of the text"}, 400, {"instances": ["InvalidInput"]}),
-    Row("NotImplementedError", PREDICT, {"error": "the secret of the text"}, 501, {"instances": ["NotSupported"]}),
+    Row("NotSupported", PREDICT, {"error": "the secret of the text"}, 501, {"instances": ["NotSupported"]}),
+    Row(
+        "NotImplementedError",
+        PREDICT,
+        {"error": "Internal server error"},
+        500,
+        {"instances": ["NotImplementedError"]},
+        differs="501 in KServe: here a predictor that means it says NotSupported, and this is a fault like any other",
+    ),
 ]
 
 UNREADY = [
