@@ -32,7 +32,8 @@ def _export(arguments: argparse.Namespace) -> int:
     # Here, so that --help and a wrong flag answer at once.
     from model_export import export, quantize, source, verify
 
-    images, origin = quantize.images(arguments.calibration)
+    exactly = arguments.precision == "fp32"
+    pictures, origin = ([], "") if exactly else quantize.images(arguments.calibration)  # a wrong folder fails at once
 
     step(f"loading {arguments.arch} with weights {arguments.weights}")
     original = source.load_source(arguments.arch, arguments.weights)
@@ -44,14 +45,14 @@ def _export(arguments: argparse.Namespace) -> int:
         step("comparing with the original")
         step(f"  {verify.verify(original, directory)}")
 
-    if arguments.precision == "fp32":
+    if exactly:
         file = export.write(model, card, arguments.output, check)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             exact = Path(scratch)
             export.write(model, card, exact, check)
             step(f"making it {arguments.precision}, on {origin}")
-            model, card = quantize.smaller(model, card, exact, arguments.precision, images, origin)
+            model, card = quantize.smaller(model, card, exact, arguments.precision, pictures, origin)
             step(f"  {quantize.in_words(card.precision_error)}")
             file = export.write(model, card, arguments.output, lambda _: None)
     size = sum(path.stat().st_size for path in arguments.output.glob(f"*{export.WEIGHTS_SUFFIX}")) / 1e6

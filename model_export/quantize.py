@@ -90,7 +90,7 @@ def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
 
     class Pixels(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._rows = iter(_rows(directory, pictures))
+            self._rows = _rows(directory, pictures)
 
         def get_next(self) -> Mapping[str, NDArray[np.float32]] | None:
             return next(self._rows, None)
@@ -115,7 +115,8 @@ def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
 
 def error(exact: Path, made: Path, pictures: Sequence[bytes]) -> dict[str, Any]:
     """How far the logits of the model in `made` are from those of the one in `exact`: the worst and the mean image."""
-    expected, found = _logits(exact, pictures), _logits(made, pictures)
+    prepared = list(_rows(exact, pictures))
+    expected, found = _logits(exact, prepared), _logits(made, prepared)
     with np.errstate(all="ignore"):  # not-a-number is an answer here: the worst
         cosine = (expected * found).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(found, axis=1)
         relative = np.linalg.norm(expected - found, axis=1) / np.linalg.norm(expected, axis=1)
@@ -144,6 +145,6 @@ def _rows(directory: Path, pictures: Sequence[bytes]) -> Iterator[Mapping[str, N
         yield classifier.preprocess(Request("model", (tensor_of_values("image", "BYTES", [1], [image]),)))
 
 
-def _logits(directory: Path, pictures: Sequence[bytes]) -> NDArray[np.float32]:
+def _logits(directory: Path, prepared: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float32]:
     classifier = _classifier(directory)
-    return np.concatenate([classifier.predict(rows)["logits"] for rows in _rows(directory, pictures)])
+    return np.concatenate([classifier.predict(rows)["logits"] for rows in prepared])
