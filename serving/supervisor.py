@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from prometheus_client.multiprocess import mark_process_dead
+
 from serving import STOP_SIGNALS
 from serving.cpus import available_cpus
 from serving.errors import DrainCut
@@ -77,7 +79,8 @@ class Supervisor:
             ready = asyncio.create_task(_hear(line))
             code = await self._until_it_ends(process)
             was_ready |= await ready
-            self._forget(process.pid)
+            # Its counts stay in the metrics; what it had under way does not.
+            mark_process_dead(process.pid, str(self._metrics_dir))  # type: ignore[no-untyped-call]
             if self._stop.is_set():
                 return code
             if not was_ready:
@@ -126,11 +129,6 @@ class Supervisor:
                 return 0
         code = ended.result()
         return 128 - code if code < 0 else code
-
-    def _forget(self, process_id: int) -> None:
-        """Its counts stay in the metrics; what it had under way does not."""
-        for file in self._metrics_dir.glob(f"gauge_live*_{process_id}.db"):
-            file.unlink()
 
 
 async def _hear(line: socket.socket) -> bool:
