@@ -37,10 +37,13 @@ class _Waiting:
     predictor: Predictor
     model_name: str
     rows: Rows
-    size: int
     answer: asyncio.Future[Predicted]
     since: float = field(default_factory=time.perf_counter)
     context: Context = field(default_factory=copy_context)  # with the request's id, for what is logged of it
+
+    @property
+    def size(self) -> int:
+        return _size(self.rows)
 
     def goes_with(self, other: _Waiting) -> bool:
         """Whether the rows of both are arrays of the same kinds, for the same predictor."""
@@ -66,9 +69,9 @@ class Batcher:
         self._closed = False
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
-    async def predict(self, predictor: Predictor, model_name: str, rows: Rows, size: int) -> Predicted:
-        """Have `size` rows predicted. Raises ServingError. Cancelled before its run, it has none."""
-        waiting = _Waiting(predictor, model_name, rows, size, asyncio.get_running_loop().create_future())
+    async def predict(self, predictor: Predictor, model_name: str, rows: Rows) -> Predicted:
+        """Have one request's rows predicted. Raises ServingError. Cancelled before its run, it has none."""
+        waiting = _Waiting(predictor, model_name, rows, asyncio.get_running_loop().create_future())
         with self._metrics.at_model.track_inprogress():
             with self._changed:
                 self._queue.append(waiting)
@@ -167,13 +170,17 @@ class Batcher:
 
     def _piece(self, first: _Waiting, rows: Rows) -> Rows:
         """One run, of no more rows than are allowed."""
-        size = len(next(iter(rows.values())))
+        size = _size(rows)
         self._metrics.run(first.model_name, size)
         predictions = first.predictor.predict(rows)
         for name, array in predictions.items():
             if len(array) != size:
                 raise ValueError(f"predict was given {size} rows and gave {len(array)} of {name}")
         return predictions
+
+
+def _size(rows: Rows) -> int:
+    return len(next(iter(rows.values())))
 
 
 def _settle(batch: Sequence[_Waiting], answers: Sequence[Predicted | ServingError]) -> None:

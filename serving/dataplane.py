@@ -77,8 +77,7 @@ class DataPlane:
                 await self._turns.acquire()
             try:
                 predictor, request, rows = await _run(self._decoders, partial(self._prepare, decode, latency))
-                size = len(next(iter(rows.values())))
-                predicted = await self._batcher.predict(predictor, request.model_name, rows, size)
+                predicted = await self._batcher.predict(predictor, request.model_name, rows)
             finally:
                 self._turns.release()
             latency.took("predict", predicted.run_seconds)
