@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,4 +126,5 @@ def _age_seconds() -> float:
 
 def _leave(signal_number: int, _: FrameType | None) -> None:
     logger.info("%s before ready: stopped", signal.Signals(signal_number).name)
-    sys.exit(0)
+    logging.shutdown()
+    os._exit(0)  # SystemExit in the midst of an import may come out of it as an ImportError

@@ -123,6 +123,13 @@ def test_a_signal_while_the_model_loads_ends_at_once_with_exit_0(tmp_path: Path)
         assert process.stderr.read().endswith("SIGTERM before ready: stopped\n")
 
 
+def test_a_signal_amid_an_import_that_catches_all_ends_the_start_as_well() -> None:
+    code, lines = start_failing("--predictor=tests.interrupted:Nothing", "--http_port=0", "--grpc_port=0")
+
+    assert code == 0
+    assert lines[-1].endswith("SIGTERM before ready: stopped")
+
+
 def test_the_ports_are_free_when_the_server_has_stopped() -> None:
     with running("--predictor=tests.predictors:Echo") as first:
         first.stop()
