@@ -1,17 +1,15 @@
 """Throughput, latency and cost of the server, beside the bare loop on the same cores in the same minutes: `make bench`.
 
-Machines are noisy: each round measures the limit again, and what is printed is the median of the rounds.
+Machines are noisy: the limit is measured before and after each point, and what is printed is the median of the rounds.
 BENCH_BASELINE="command URL" in the environment puts another server beside it, asked in V1 JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from statistics import median
 import onnxruntime
 
 from bench import load
+from bench.limit import Limits
 from bench.payloads import Payload, payloads
 from bench.report import Point, Row, medians, plot, table
 from bench.subject import Subject, serving, started
@@ -61,22 +60,26 @@ def _measure(name: str, model_dir: Path, arguments: argparse.Namespace) -> list[
 
 
 def _round(model_dir: Path, wanted: list[Payload], arguments: argparse.Namespace) -> Iterator[Point]:
-    command = [sys.executable, "-m", "bench.limit", str(model_dir), str(arguments.request), str(arguments.seconds)]
-    limit = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    limits = Limits(model_dir, arguments.request, arguments.seconds)
+
+    def points(subject: Subject, payload: Payload, name: str) -> Iterator[Point]:
+        for connections in CONNECTIONS:
+            result, cpu_ms = _measured(subject, payload, connections, arguments.seconds)
+            images_per_second, alone_seconds = limits.around()
+            yield Point(name, connections, result, cpu_ms, images_per_second, alone_seconds * 1e3)
+
     with serving(model_dir) as subject:
         for payload in wanted:
-            for connections in CONNECTIONS:
-                yield _point(subject, payload, payload.name, connections, arguments.seconds, limit)
+            yield from points(subject, payload, payload.name)
     if baseline := os.environ.get("BENCH_BASELINE"):
         *command, url = shlex.split(baseline)
         with started(command, url) as subject:
-            for connections in CONNECTIONS:
-                yield _point(subject, wanted[0], "baseline", connections, arguments.seconds, limit)
+            yield from points(subject, wanted[0], "baseline")
 
 
-def _point(
-    subject: Subject, payload: Payload, name: str, connections: int, seconds: float, limit: dict[str, float]
-) -> Point:
+def _measured(subject: Subject, payload: Payload, connections: int, seconds: float) -> tuple[load.Result, float]:
+    """What the clients saw, and the server's CPU milliseconds a request."""
+
     def run(duration: float) -> load.Result:
         if payload.path:
             return load.wrk(subject.url, payload, connections, duration)
@@ -86,8 +89,7 @@ def _point(
     subject.settle()
     cpu_seconds = subject.cpu_seconds()
     result = run(seconds)
-    cpu_ms = (subject.cpu_seconds() - cpu_seconds) * 1e3 / result.requests
-    return Point(name, connections, result, cpu_ms, limit["images_per_second"], limit["alone_seconds"] * 1e3)
+    return result, (subject.cpu_seconds() - cpu_seconds) * 1e3 / result.requests
 
 
 def _footprint(model_dir: Path, payload: Payload) -> str:

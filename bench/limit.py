@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,24 @@ from serving.settings import Settings
 from serving.tensors import tensor_of_values
 
 BATCH = 8
+
+
+class Limits:
+    """The limit before and after what is measured, each time in a process of its own."""
+
+    def __init__(self, model_dir: Path, request: Path, seconds: float) -> None:
+        self._command = [sys.executable, "-m", "bench.limit", str(model_dir), str(request), str(seconds)]
+        self._before = self._measure()
+
+    def around(self) -> tuple[float, float]:
+        """Images a second on all cores, seconds of one alone: the mean of now and of the last time."""
+        before, self._before = self._before, self._measure()
+        rate, alone = ((one + other) / 2 for one, other in zip(before, self._before, strict=True))
+        return rate, alone
+
+    def _measure(self) -> tuple[float, float]:
+        measured = json.loads(subprocess.run(self._command, capture_output=True, check=True).stdout)
+        return measured["images_per_second"], measured["alone_seconds"]
 
 
 def loaded(model_dir: Path, threads: int) -> Classifier:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
 from bench import load
+from bench.limit import Limits
 from bench.payloads import Payload, payloads
 from bench.report import Point, medians, plot, table
 from bench.subject import serving
@@ -42,12 +40,10 @@ def test_the_kernel_is_asked_about_the_server_and_its_workers(model_dir: Path) -
 
 
 def test_the_limit_is_measured_in_a_process_of_its_own(model_dir: Path) -> None:
-    command = [sys.executable, "-m", "bench.limit", str(model_dir), str(REQUEST), "0.5"]
+    images_per_second, alone_seconds = Limits(model_dir, REQUEST, seconds=0.5).around()
 
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True, timeout=60, env=os.environ)
-
-    assert '"images_per_second"' in done.stdout
-    assert '"alone_seconds"' in done.stdout
+    assert images_per_second > 1
+    assert 0 < alone_seconds < 1
 
 
 def test_a_row_is_the_median_of_its_rounds_and_ratios_are_taken_within_one(tmp_path: Path) -> None:
