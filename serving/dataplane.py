@@ -76,8 +76,11 @@ class DataPlane:
             with self.metrics.stage("turn"):
                 await self._turns.acquire()
             try:
-                predictor, request, rows = await _run(self._decoders, partial(self._prepare, decode, latency))
-                predicted = await self._batcher.predict(predictor, request.model_name, rows)
+                with self._batcher.coming():
+                    predictor, request, rows = await _run(self._decoders, partial(self._prepare, decode, latency))
+                    queued = self._batcher.queue(predictor, request.model_name, rows)
+                with self.metrics.at_model.track_inprogress():
+                    predicted = await queued
             finally:
                 self._turns.release()
             latency.took("predict", predicted.run_seconds)
@@ -110,6 +113,7 @@ class DataPlane:
             self.under_way -= 1
 
     def _prepare(self, decode: Callable[[], Request], latency: _Latency) -> tuple[Predictor, Request, Rows]:
+        self._batcher.await_cores()
         with self.metrics.stage("decode"):
             request = decode()
             predictor = self.repository.predictor(request.model_name)

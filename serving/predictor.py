@@ -84,6 +84,8 @@ class Predictor(ABC):
     platform = ""
     warning = ""
     """Shown at every start and in the model's metadata, where not empty."""
+    takes_every_core = False
+    """Whether `predict` keeps all CPU cores busy: then the next requests are decoded before or after it."""
     example: Sequence[Any] = ()
     """Instances of a V1 request that would be answered, for the documentation of the API."""
 

@@ -102,6 +102,19 @@ class BatchSize(Echo):
         return {"rows": np.full(len(rows["rows"]), len(rows["rows"]))}
 
 
+class EveryCore(BatchSize):
+    """The same, with runs that take every core; one that begins with an @ is a FIFO to wait at while decoding."""
+
+    takes_every_core = True
+
+    def preprocess(self, request: Request) -> Rows:
+        rows = super().preprocess(request)
+        for row in rows["rows"].flat:
+            if row.startswith(b"@"):
+                Path(row[1:].decode()).read_bytes()
+        return rows
+
+
 class TooFew(Echo):
     """Loses a row."""
 

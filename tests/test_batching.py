@@ -18,6 +18,7 @@ from tests.test_grpc import image_request
 from tests.test_metrics import ended, value, wait_for
 
 SIZES = "--predictor=tests.predictors:BatchSize"
+EVERY_CORE = "--predictor=tests.predictors:EveryCore"
 MODEL = "custom-model"
 
 
@@ -128,6 +129,43 @@ def test_a_batch_waits_to_be_filled_where_that_is_wished(gate: Callable[[str], P
     with running(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=10") as server:
         assert sizes(server, "a") == [1]
         assert value(server, "serving_batches_total", model_name=MODEL, reason="delay") == 1
+
+
+def test_nothing_is_decoded_during_a_run_that_takes_every_core(gate: Callable[[str], Path]) -> None:
+    held = gate("held")
+    with running(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
+        first = clients.submit(sizes, server, str(held))
+        with held.open("wb"):
+            later = [clients.submit(sizes, server, name) for name in "abc"]
+            wait_for(lambda: value(server, "serving_requests_under_way") == 4, server)
+            for _ in range(20):
+                assert value(server, "serving_stage_seconds_count", stage="decode") == 1
+        assert [answer.result() for answer in (first, *later)] == [[1], [3], [3], [3]]
+
+
+def test_a_run_that_takes_every_core_waits_for_those_being_decoded(gate: Callable[[str], Path]) -> None:
+    held, decoding = gate("held"), gate("decoding")
+    with running(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
+        first = clients.submit(sizes, server, str(held))
+        with held.open("wb"):
+            for _ in range(100):  # a run of some length: what one may wait for those being decoded goes by it
+                server.get("/metrics")
+        assert first.result() == [1]
+        slow = clients.submit(sizes, server, f"@{decoding}")
+        with decoding.open("wb"):
+            quick = clients.submit(sizes, server, "a")
+            wait_for(lambda: value(server, "serving_requests_at_model") == 1, server)
+        assert (slow.result(), quick.result()) == ([2], [2])
+
+
+def test_a_run_that_takes_every_core_does_not_wait_long_for_those_being_decoded(gate: Callable[[str], Path]) -> None:
+    decoding = gate("decoding")
+    with running(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
+        assert sizes(server, "a") == [1]  # in no time, so nothing is worth waiting for
+        slow = clients.submit(sizes, server, f"@{decoding}")
+        with decoding.open("wb"):
+            assert sizes(server, "b") == [1]
+        assert slow.result() == [1]
 
 
 def test_a_predictor_that_loses_rows_is_found_out() -> None:
