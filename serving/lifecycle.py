@@ -38,7 +38,8 @@ def run(settings: Settings) -> None:
     loop_factory = _loop_factory(settings.event_loop)
     supervised = inherited(os.environ)
     # Bound at once: that a port is in use is known before a model is loaded.
-    http = HttpServer(supervised.http if supervised else bind_http(settings.host, settings.http_port), settings)
+    sockets = supervised.http if supervised else bind_http(settings.host, settings.http_port)
+    http = HttpServer(sockets, settings, shared=supervised is not None)
     model = make_model(settings)
     model.load()
     metrics = Metrics()

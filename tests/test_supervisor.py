@@ -7,8 +7,10 @@ import re
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
@@ -17,12 +19,13 @@ import pytest
 
 from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
-from tests.servers import SETTLE_SECONDS, Server, gated, running, start_failing
+from tests.servers import SETTLE_SECONDS, Server, gated, read_until, running, start_failing
 from tests.test_grpc import image_request
 from tests.test_lifecycle import grpc_infer, rest
 from tests.test_metrics import ended, value
 
 WORKERS = 2
+PREDICT = b"/v1/models/custom-model:predict"
 TWO = f"--workers={WORKERS}"
 
 
@@ -71,6 +74,24 @@ def test_both_ports_are_answered_by_all_workers_and_by_nobody_else(two: Server, 
 
     wait_for(all_seen)
     assert two.process.pid not in reached
+
+
+def test_connections_that_come_at_once_are_shared_among_the_workers(two: Server) -> None:
+    reached = workers(two)
+    for process_id in reached:
+        os.kill(process_id, signal.SIGSTOP)
+    body = b'{"instances": [0]}'
+    request = b"POST %s HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % (PREDICT, len(body)) + body
+    with ExitStack() as stack:
+        connections = [stack.enter_context(two.connect()) for _ in range(16)]
+        for connection in connections:
+            connection.sendall(request)
+        for process_id in reached:
+            os.kill(process_id, signal.SIGCONT)
+        answers = Counter(read_until(connection, b"]}").rpartition(b"[")[2] for connection in connections)
+
+    assert sorted(answers) == sorted(b"%d]}" % process_id for process_id in reached)
+    assert min(answers.values()) >= 2  # where one worker takes all that wait, the other gets none or one
 
 
 def test_a_killed_worker_is_replaced_and_meanwhile_the_other_answers(two: Server) -> None:
