@@ -152,6 +152,17 @@ def test_a_running_server_has_imported_neither_torch_nor_googles_protobuf(model_
     assert not imported & {"torch", "torchvision", "onnx", "onnxscript", "google", "model_export", "fastapi", "uvicorn"}
 
 
+def test_a_running_server_sends_nobody_usage_data_and_leaves_no_files(model_dir: Path, tmp_path: Path) -> None:
+    """ONNX Runtime would: it then keeps an id in the temporary directory, and what it has not sent in the home."""
+    untold = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    with running(f"--model_dir={model_dir}", environment={**untold, **places}) as server:
+        assert server.predict(v1_request(CAT)).status_code == 200
+        assert server.stop() == 0
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_probes_are_answered_while_the_model_is_busy(
     tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
 ) -> None:
