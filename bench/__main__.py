@@ -71,6 +71,8 @@ def _round(model_dir: Path, wanted: list[Payload], arguments: argparse.Namespace
     with serving(model_dir) as subject:
         for payload in wanted:
             yield from points(subject, payload, payload.name)
+    with serving(model_dir, f"--workers={available_cpus()}") as subject:
+        yield from points(subject, wanted[0], f"{wanted[0].name}, {available_cpus()} workers")
     if baseline := os.environ.get("BENCH_BASELINE"):
         *command, url = shlex.split(baseline)
         with started(command, url) as subject:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from serving.cpus import available_cpus
 from serving.errors import DeviceMissing, ModelDamaged, ModelMissing, one_line
+from serving.shared_weights import shared_model
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,11 @@ class Engine:
         # processes, but batches take a third longer, and a row's last bits depend on how many run with it (measured).
         options.log_severity_level = FATAL  # what goes wrong is raised, and said once, by us
         providers = _providers(device)
+        shared = shared_model(file) if providers == [CPU] else None
+        if shared:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+            self._session = onnxruntime.InferenceSession(str(shared or file), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no class in common
             raise ModelDamaged(f"{file} cannot be loaded ({one_line(error)}); export the model again") from error
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
@@ -49,7 +53,8 @@ class Engine:
             raise DeviceMissing(NO_CUDA.format("it did not start, see the driver and the CUDA libraries"))
         self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         self._outputs = [output.name for output in self._session.get_outputs()]
-        logger.info("%s runs on %s, %d threads", file.name, self.device, options.intra_op_num_threads)
+        weights = ", weights shared by the workers" if shared else ""
+        logger.info("%s runs on %s, %d threads%s", file.name, self.device, options.intra_op_num_threads, weights)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """An array for every input of the model, rows first, to an array for every output."""

@@ -19,6 +19,7 @@ from serving.metrics import Metrics
 from serving.models import make_model
 from serving.repository import Repository
 from serving.settings import Settings
+from serving.shared_weights import forget_shared_models
 from serving.sockets import Inherited, bind_http, inherited
 from serving.transports.grpc_health import HealthService
 from serving.transports.grpc_messages import Service
@@ -94,6 +95,7 @@ def _report(supervisor: socket.socket, stop: asyncio.Event) -> None:
 
     def gone() -> None:
         loop.remove_reader(supervisor)
+        forget_shared_models()
         stop.set()
 
     loop.add_reader(supervisor, gone)

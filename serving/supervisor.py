@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -23,6 +24,7 @@ from serving.cpus import available_cpus
 from serving.errors import DrainCut
 from serving.metrics import MULTIPROCESS
 from serving.settings import Settings
+from serving.shared_weights import VARIABLE as SHARED_WEIGHTS
 from serving.sockets import VARIABLE, bind_http, reserve_grpc
 
 logger = logging.getLogger(__name__)
@@ -45,20 +47,26 @@ def run(settings: Settings) -> int:
         "max_asyncio_workers": settings.max_asyncio_workers or max(1, available_cpus() // settings.workers),
     }
     command = [sys.executable, *sys.orig_argv[1:], *(f"--{name}={value}" for name, value in flags.items())]
-    with tempfile.TemporaryDirectory(
-        prefix="serving-metrics-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    ) as metrics_dir:
-        supervisor = Supervisor(command, http, Path(metrics_dir), settings.grace_period_seconds)
+    in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with (
+        tempfile.TemporaryDirectory(prefix="serving-metrics-", dir=in_memory) as metrics_dir,
+        tempfile.TemporaryDirectory(prefix="serving-weights-") as weights_dir,
+    ):
+        shared = {MULTIPROCESS: metrics_dir, SHARED_WEIGHTS: weights_dir}
+        supervisor = Supervisor(command, http, shared, settings.grace_period_seconds)
         return asyncio.run(supervisor.run(settings.workers))
 
 
 class Supervisor:
     """Starts workers and waits for them; a worker that ends at its first start, before it is ready, ends them all."""
 
-    def __init__(self, command: list[str], http: list[socket.socket], metrics_dir: Path, grace_period_seconds: float):
+    def __init__(
+        self, command: list[str], http: list[socket.socket], shared: Mapping[str, str], grace_period_seconds: float
+    ) -> None:
+        """`shared` is what the workers find in their environment, the directory of the metrics among it."""
         self._command = command
         self._http = http
-        self._metrics_dir = metrics_dir
+        self._shared = shared
         self._kill_after_seconds = grace_period_seconds + KILL_SECONDS
         self._stop = asyncio.Event()
 
@@ -80,7 +88,7 @@ class Supervisor:
             code = await self._until_it_ends(process)
             was_ready |= await ready
             # Its counts stay in the metrics; what it had under way does not.
-            mark_process_dead(process.pid, str(self._metrics_dir))  # type: ignore[no-untyped-call]
+            mark_process_dead(process.pid, self._shared[MULTIPROCESS])  # type: ignore[no-untyped-call]
             if self._stop.is_set():
                 return code
             if not was_ready:
@@ -103,7 +111,7 @@ class Supervisor:
         process = await asyncio.create_subprocess_exec(
             *self._command,
             pass_fds=handed,
-            env={**os.environ, VARIABLE: ",".join(map(str, handed)), MULTIPROCESS: str(self._metrics_dir)},
+            env={**os.environ, **self._shared, VARIABLE: ",".join(map(str, handed))},
             start_new_session=True,  # Ctrl-C is for the supervisor, who tells the workers
         )
         theirs.close()

@@ -31,12 +31,14 @@ FLOORS = {
     "serving.errors": 1,
     "serving.metrics": 1,
     "serving.settings": 1,
+    "serving.shared_weights": 1,
     "serving.sockets": 1,
     "proto": 1,
     "serving": 0,
 }
 # On one floor, these few lean on a neighbour.
 NEIGHBOURS = {
+    ("serving.shared_weights", "serving.errors"),
     ("serving.sockets", "serving.errors"),
     ("serving.transports", "serving.transports"),
     ("proto", "proto"),

@@ -1,0 +1,68 @@
+"""Weights that the workers of one supervisor share: prepared for this CPU once, in a file that all of them map.
+
+ONNX Runtime prepares ("prepacks") weights in the memory of each process: two workers took 1.8 times the memory of one.
+From the file they take 1.15 times, and load in 0.3 s; the first makes it in 2.5 s (AlexNet, 457 MiB). Answers are
+the same to the bit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from serving.errors import one_line
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "SERVING_SHARED_WEIGHTS_DIR"
+DATA = "weights.data"
+SMALLEST_BYTES = 1024  # what is smaller stays in the .onnx file
+FATAL = 4
+
+
+def shared_model(model: Path) -> Path | None:
+    """A copy of `model` whose weights need no preparation, made if no worker has; None outside of a supervisor.
+
+    It has been optimized for the CPU at hand and is to be loaded as it is. None as well, with a line in the log,
+    where it cannot be made, as on a full disk.
+    """
+    if VARIABLE not in os.environ:
+        return None
+    made = Path(os.environ[VARIABLE], hashlib.sha256(bytes(model)).hexdigest())
+    part = made.with_suffix(".part")
+    try:
+        with made.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(part, ignore_errors=True)  # of a worker that was killed
+                part.mkdir()
+                _write(model, part / model.name)
+                part.rename(made)
+    except Exception as error:  # ONNX Runtime's exceptions have no class in common
+        shutil.rmtree(part, ignore_errors=True)
+        logger.warning("the workers share no weights, each has its own in memory: %s", one_line(error))
+        return None
+    return made / model.name
+
+
+def forget_shared_models() -> None:
+    """For workers whose supervisor was killed, who else would have done it at its end."""
+    shutil.rmtree(os.environ.get(VARIABLE, ""), ignore_errors=True)
+
+
+def _write(model: Path, file: Path) -> None:
+    import onnxruntime  # the supervisor, who needs but the variable's name, is 20 MB smaller without it
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    options.optimized_model_filepath = str(file)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", DATA)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", str(SMALLEST_BYTES)
+    )
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
