@@ -10,6 +10,7 @@ MODEL ?= model
 REQUEST ?= examples/input.json
 SECONDS ?= 5
 ROUNDS ?= 3
+MINUTES ?= 30
 # Where CPU builds of torch come from; empty, or out of reach, means pip's own index.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
@@ -18,13 +19,14 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 TORCH_PINS = $(shell grep -o '^torch[a-z]*==[0-9.]*' requirements-export.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help run model test bench lint proto clean
+.PHONY: help run model test bench soak lint proto clean
 
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
 	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32|fp16|int8 OUT=model"
 	@echo "make test    run the tests"
 	@echo "make bench   measure the server: MODEL=model REQUEST=examples/input.json SECONDS=5 ROUNDS=3"
+	@echo "make soak    load the server for MINUTES=30, and watch its memory"
 	@echo "make lint    ruff and mypy"
 	@echo "make proto   generate proto/generated from the .proto files"
 	@echo "make clean   remove the environments and the exported model"
@@ -49,12 +51,15 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+soak: $(VENV)/.dev $(MODEL)/model.onnx
+	$(VENV)/bin/python -m bench.soak --model $(MODEL) --request $(REQUEST) --minutes $(MINUTES)
+
 proto: $(VENV)/.dev
 	rm -rf proto/generated
 	$(VENV)/bin/python -m proto.generate
 
 clean:
-	rm -rf $(VENV) .venv-kserve model bench.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-kserve model bench.png soak.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -83,9 +83,7 @@ def _measured(subject: Subject, payload: Payload, connections: int, seconds: flo
     """What the clients saw, and the server's CPU milliseconds a request."""
 
     def run(duration: float) -> load.Result:
-        if payload.path:
-            return load.wrk(subject.url, payload, connections, duration)
-        return load.grpc_calls(subject.grpc_address, payload, connections, duration)
+        return load.send(subject.url, subject.grpc_address, payload, connections, duration)
 
     run(WARM_UP_SECONDS)
     subject.settle()

@@ -45,6 +45,13 @@ class Result:
     failed: int
 
 
+def send(url: str, grpc_address: str, payload: Payload, connections: int, seconds: float) -> Result:
+    """Over HTTP or gRPC, as the payload asks."""
+    if payload.path:
+        return wrk(url, payload, connections, seconds)
+    return grpc_calls(grpc_address, payload, connections, seconds)
+
+
 def wrk(url: str, payload: Payload, connections: int, seconds: float) -> Result:
     """HTTP/1.1, by wrk. Raises SystemExit where that is not installed."""
     if not shutil.which("wrk"):

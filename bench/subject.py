@@ -52,6 +52,10 @@ class Subject:
         texts = [Path(f"/proc/{one}/smaps_rollup").read_text() for one in self.process_ids]
         return sum(int(found[1]) for text in texts if (found := re.search(rf"^{kind}:\s+(\d+)", text, re.M))) / 1024
 
+    def descriptors(self) -> int:
+        """Open files and connections."""
+        return sum(len(os.listdir(f"/proc/{one}/fd")) for one in self.process_ids)
+
 
 @contextmanager
 def started(command: Sequence[str], url: str, grpc_address: str = "") -> Iterator[Subject]:

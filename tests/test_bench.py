@@ -7,10 +7,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench import load
+from bench import load, soak
 from bench.limit import Limits
 from bench.payloads import Payload, payloads
 from bench.report import Point, medians, plot, table
+from bench.soak import Sample
 from bench.subject import serving
 from tests.servers import PROJECT, Server
 
@@ -57,3 +58,15 @@ def test_a_row_is_the_median_of_its_rounds_and_ratios_are_taken_within_one(tmp_p
     assert "| V1 JSON | 16 | 50.0 | 1.00 | 10.0 | 20.0 | 25.0 |  | 3 |" in table([row])
     plot({"fp32": [row]}, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_that_grows_shows_in_the_second_half_of_a_soak(tmp_path: Path) -> None:
+    result = load.Result(50.0, 10.0, 20.0, 100, 0)
+    samples = [Sample(minute * 60.0, 300.0 + max(0, minute - 10), 20, result) for minute in range(31)]
+
+    text = soak.summary(samples)
+
+    assert "30 minutes, 3100 requests, 0 failed" in text
+    assert "+60.0 MiB an hour" in text
+    soak.plot(samples, tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
