@@ -11,12 +11,9 @@ REQUEST ?= examples/input.json
 SECONDS ?= 5
 ROUNDS ?= 3
 MINUTES ?= 30
-# Where CPU builds of torch come from; empty, or out of reach, means pip's own index.
-TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
-TORCH_PINS = $(shell grep -o '^torch[a-z]*==[0-9.]*' requirements-export.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help run model test bench soak lint proto clean
@@ -70,13 +67,9 @@ $(VENV)/.runtime: requirements.txt requirements-base.txt | $(VENV)/bin/python
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.export: requirements-export.txt $(VENV)/.runtime
+$(VENV)/.export: requirements-export.txt model_export/install.sh $(VENV)/.runtime
 	@echo "installing torch and torchvision for the export: a few minutes"
-ifneq ($(TORCH_INDEX_URL),)
-	@$(PIP) --retries 1 --no-deps --index-url $(TORCH_INDEX_URL) $(TORCH_PINS) 2>/dev/null || \
-		echo "no torch from $(TORCH_INDEX_URL): taking the build of pip's own index"
-endif
-	$(PIP) -r requirements-export.txt
+	@PIP="$(VENV)/bin/python -m pip" sh model_export/install.sh $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.export
