@@ -12,6 +12,7 @@ from tests.servers import PROJECT
 
 FLOORS = {
     "app": 9,
+    "serving.healthcheck": 8,
     "serving.lifecycle": 8,
     "serving.supervisor": 8,
     "serving.transports": 7,
