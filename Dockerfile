@@ -1,5 +1,5 @@
 # The model is exported, the server's requirements installed, and both copied to an image that has neither pip nor torch.
-#   docker build --build-arg WEIGHTS=pretrained --build-arg PRECISION=fp32 --build-arg ARCH=alexnet --build-arg DEVICE=cpu -t model-server .
+#   docker build --build-arg WEIGHTS=pretrained --build-arg PRECISION=fp32 --build-arg ARCH=alexnet -t model-server .
 FROM python:3.11-slim-bookworm AS base
 
 
@@ -23,11 +23,14 @@ RUN python -m model_export --arch "$ARCH" --weights "$WEIGHTS" --precision "$PRE
 
 FROM base AS install
 WORKDIR /install
-COPY requirements-base.txt requirements.txt requirements-gpu.txt ./
+COPY requirements-base.txt requirements.txt requirements-gpu.txt requirements-storage.txt ./
+# cpu, or gpu for CUDA; and true for a server that downloads models itself, with --storage_uri.
 ARG DEVICE=cpu
+ARG STORAGE=false
 RUN python -m venv --without-pip /opt/venv \
   && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
-    --requirement "$(test "$DEVICE" = gpu && echo requirements-gpu.txt || echo requirements.txt)"
+    --requirement "$(test "$DEVICE" = gpu && echo requirements-gpu.txt || echo requirements.txt)" \
+    $(test "$STORAGE" = true && echo --requirement requirements-storage.txt)
 # Off with what is never loaded: a second copy of ONNX Runtime, and what its, numpy's and Swagger's
 # developers need. Nobody edits these files, so their compiled forms need no times.
 RUN cd /opt/venv/lib/python3.11/site-packages \

@@ -2,8 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 
+from serving import NAME, STOP_SIGNALS
 from serving.command_line import parse_settings
 from serving.errors import DrainCut, StartError
 from serving.logs import configure_logging
@@ -13,6 +16,8 @@ def main() -> int:
     try:
         settings = parse_settings(sys.argv[1:], os.environ)
         configure_logging(settings, os.environ)
+        for number in STOP_SIGNALS:
+            signal.signal(number, _leave)  # nothing is accepted yet, so nothing is lost
         # Each imports only what it needs: a supervisor is 20 MB, a server five times that.
         if settings.workers > 1:
             from serving import supervisor
@@ -28,6 +33,12 @@ def main() -> int:
             os._exit(error.exit_code)
         return error.exit_code
     return 0
+
+
+def _leave(signal_number: int, _: FrameType | None) -> None:
+    logging.getLogger(NAME).info("%s before ready: stopped", signal.Signals(signal_number).name)
+    logging.shutdown()
+    os._exit(0)  # SystemExit in the midst of an import may come out of it as an ImportError
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ import torch
 from model_export.source import Source
 from model_export.vision import torchvision
 from serving.model_card import ModelCard
+from serving.storage import CHECKSUMS
 
 OPSET = 20
 MODEL_FILE = "model.onnx"
@@ -80,7 +82,9 @@ def write(model: onnx_ir.Model, card: ModelCard, output: Path, check: Callable[[
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as scratch:
         onnx_ir.save(model, Path(scratch) / MODEL_FILE, external_data=weights_file)
         check(Path(scratch))
-        for name in (weights_file, MODEL_FILE):
+        (Path(scratch) / CHECKSUMS).write_text(_checksums(Path(scratch), (weights_file, MODEL_FILE)))
+        (output / CHECKSUMS).unlink(missing_ok=True)  # never of another model than the one that is there
+        for name in (weights_file, MODEL_FILE, CHECKSUMS):
             path = Path(scratch) / name
             path.chmod(0o644)
             os.replace(path, output / name)
@@ -88,3 +92,12 @@ def write(model: onnx_ir.Model, card: ModelCard, output: Path, check: Callable[[
         if stale.name != weights_file:
             stale.unlink()
     return output / MODEL_FILE
+
+
+def _checksums(directory: Path, names: Sequence[str]) -> str:
+    """As `sha256sum` prints them: what a server that downloads the model verifies it by."""
+    lines = []
+    for name in names:
+        with (directory / name).open("rb") as content:
+            lines.append(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)

@@ -18,7 +18,7 @@ from serving.errors import BadSetting
 from serving.settings import Settings
 
 ENVIRONMENT_PREFIX = "SERVING_"  # bare names would clash: Kubernetes sets HTTP_PORT=tcp://… for a service named http
-KSERVE_VARIABLES = ("protocol", "ce_type", "ce_source", "ce_merge")  # known under their bare names
+KSERVE_VARIABLES = ("protocol", "storage_uri", "ce_type", "ce_source", "ce_merge")  # known under their bare names
 BOOLEANS = dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True) | dict.fromkeys(
     ("n", "no", "f", "false", "off", "0"), False
 )  # as KServe's flags take them

@@ -170,3 +170,9 @@ class DrainCut(StartError):
     """The grace period ended before the last accepted request was answered."""
 
     exit_code = 8
+
+
+class DownloadFailed(StartError):
+    """The model cannot be downloaded from --storage_uri, or is not what its checksums say."""
+
+    exit_code = 9

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from serving import STOP_SIGNALS
 from serving.dataplane import DataPlane
@@ -34,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 def run(settings: Settings) -> None:
     """Serve until a signal, and answer what was accepted before it. Raises StartError."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _leave)  # nothing is accepted yet, so nothing is lost
     loop_factory = _loop_factory(settings.event_loop)
     supervised = inherited(os.environ)
     # Bound at once: that a port is in use is known before a model is loaded.
@@ -125,9 +121,3 @@ def _age_seconds() -> float:
     """Since this process was started by exec, the interpreter's own start included."""
     started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _leave(signal_number: int, _: FrameType | None) -> None:
-    logger.info("%s before ready: stopped", signal.Signals(signal_number).name)
-    logging.shutdown()
-    os._exit(0)  # SystemExit in the midst of an import may come out of it as an ImportError

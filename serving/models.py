@@ -11,6 +11,7 @@ from serving.errors import ModelMissing, ModelNotReady, PredictorBroken, StartEr
 from serving.logs import banner
 from serving.predictor import Predictor
 from serving.settings import Settings
+from serving.storage import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Model:
 
 
 def make_model(settings: Settings) -> Model:
-    """The model of the settings, not loaded yet. Raises PredictorBroken and ModelMissing."""
+    """The model of the settings, not loaded yet. Raises StartError."""
     return Model(settings.model_name, _predictor_class(settings.predictor), settings, _model_dir(settings))
 
 
@@ -95,6 +96,8 @@ def _predictor_class(path: str) -> type[Predictor]:
 
 
 def _model_dir(settings: Settings) -> Path | None:
+    if settings.model_dir is None and settings.storage_uri:
+        return fetch(settings.storage_uri, settings.storage_cache_dir)
     if settings.model_dir is None:
         return next((place for place in MODEL_PLACES if place.exists()), None)
     if not settings.model_dir.exists():

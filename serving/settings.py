@@ -54,6 +54,14 @@ class Settings:
     model_dir: Path | None = _setting(
         None, "directory of the exported model, or its .onnx file; else /mnt/models, else model/ beside app.py"
     )
+    storage_uri: str = _setting(
+        "",
+        "where the model is taken from without --model_dir: s3://, gs://, hf://, https:// and more are downloaded at "
+        "the start; a path, file:// and pvc:// are taken where they lie; STORAGE_URI in the environment as well",
+    )
+    storage_cache_dir: Path | None = _setting(
+        None, "directory that downloads are kept in for the next start; else model-server in the user's cache"
+    )
     predictor: str = _setting(
         "serving.classifier:Classifier",
         "class that turns requests into rows and predictions into answers, as module:Class",

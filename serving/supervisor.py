@@ -26,6 +26,7 @@ from serving.metrics import MULTIPROCESS
 from serving.settings import Settings
 from serving.shared_weights import VARIABLE as SHARED_WEIGHTS
 from serving.sockets import VARIABLE, bind_http, reserve_grpc
+from serving.storage import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,15 @@ def run(settings: Settings) -> int:
     """Serve until a signal. The exit code is that of the first worker that failed, else 0. Raises StartError."""
     http = bind_http(settings.host, settings.http_port)
     grpc = reserve_grpc(settings.host, settings.grpc_port) if settings.enable_grpc else None
-    flags = {
+    flags: dict[str, int | Path] = {
         "workers": 1,
         "http_port": http[0].getsockname()[1],
         "grpc_port": grpc.getsockname()[1] if grpc else settings.grpc_port,
         "threads": settings.threads or max(1, available_cpus() // settings.workers),
         "max_asyncio_workers": settings.max_asyncio_workers or max(1, available_cpus() // settings.workers),
     }
+    if settings.storage_uri and settings.model_dir is None:
+        flags["model_dir"] = fetch(settings.storage_uri, settings.storage_cache_dir)
     command = [sys.executable, *sys.orig_argv[1:], *(f"--{name}={value}" for name, value in flags.items())]
     in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with (

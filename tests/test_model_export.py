@@ -45,14 +45,16 @@ def card_of(model_dir: Path) -> ModelCard:
     return ModelCard.from_properties(Engine(model_dir, "cpu", 1).metadata)
 
 
-def test_an_export_is_one_model_and_one_file_of_weights(model_dir: Path) -> None:
+def test_an_export_is_one_model_one_file_of_weights_and_their_checksums(model_dir: Path) -> None:
     card = card_of(model_dir)
 
     assert sorted(file.name for file in model_dir.iterdir()) == [
+        "SHA256SUMS",
         f"alexnet-fp32-{card.weights_sha256[:12]}.weights",
         "model.onnx",
     ]
     assert (model_dir / "model.onnx").stat().st_size < 200_000
+    assert checksums_say_ok(model_dir)
 
 
 def test_the_model_describes_itself(model_dir: Path, original: Source) -> None:
@@ -112,7 +114,13 @@ def test_a_new_export_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
         assert export(tmp_path, "--arch", "squeezenet1_1", "--weights", f"seeded:{seed}").returncode == 0
 
     assert card_of(tmp_path).weights == "seeded:1"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.weights"))) == 1
+    assert checksums_say_ok(tmp_path)
+
+
+def checksums_say_ok(folder: Path) -> bool:
+    done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, check=False)
+    return done.returncode == 0
 
 
 def test_a_model_that_answers_something_else_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,305 @@
+"""serving/storage.py: models from an S3 of our own, from the web and from paths; whole, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import boto3
+import httpx
+import pytest
+from moto.server import ThreadedMotoServer
+
+from serving import storage
+from serving.errors import BadSetting, DownloadFailed
+from serving.storage import CHECKSUMS, fetch, public
+from tests.pictures import CAT, v1_request
+from tests.pods import NAMESPACES, pod, why_there_are_no_pods
+from tests.servers import PROJECT, READY, START_SECONDS, Server, running, start_failing
+from tests.test_supervisor import TWO, is_alive, wait_for
+
+BUCKET = "models"
+URI = f"s3://{BUCKET}/alexnet"
+PORTS = ("--http_port=0", "--grpc_port=0")
+
+
+class S3:
+    """A bucket on a real server, and what a client's environment needs for it."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.environment = {
+            **os.environ,
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "name",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "S3_MAX_ATTEMPTS": "1",
+        }
+        self._client: Any = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name="us-east-1",
+            aws_access_key_id="name",
+            aws_secret_access_key="secret",  # noqa: S106
+        )
+        self._client.create_bucket(Bucket=BUCKET)
+
+    def put(self, name: str, content: bytes) -> None:
+        self._client.put_object(Bucket=BUCKET, Key=f"alexnet/{name}", Body=content)
+
+    def put_model(self, content: bytes) -> None:
+        self.put("model", content)
+        self.put(CHECKSUMS, f"{hashlib.sha256(content).hexdigest()}  model\n".encode())
+
+    def put_all(self, directory: Path) -> None:
+        for file in directory.iterdir():
+            self._client.upload_file(str(file), BUCKET, f"alexnet/{file.name}")
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        endpoint = f"http://{host}:{port}"
+        httpx.post(f"{endpoint}/moto-api/reset")  # of what an earlier test has put there
+        yield S3(endpoint)
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def client(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The same, with this process as its client."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+def downloads(server: Server) -> list[str]:
+    return [line.partition("downloaded ")[2].split()[0] for line in server.log if "downloaded " in line]
+
+
+def in_cache(cache: Path) -> list[str]:
+    """Models, and what may be left of one."""
+    return [path.name for path in cache.iterdir() if path.is_dir()]
+
+
+def test_an_exported_model_is_downloaded_and_answers_as_where_it_came_from(
+    s3: S3, model_dir: Path, server: Server, tmp_path: Path
+) -> None:
+    s3.put_all(model_dir)
+
+    with running(f"--storage_cache_dir={tmp_path}", environment={**s3.environment, "STORAGE_URI": URI}) as downloaded:
+        assert downloads(downloaded) == [URI]
+        assert downloaded.predict(v1_request(CAT)).text == server.predict(v1_request(CAT)).text
+    assert len(in_cache(tmp_path)) == 1
+
+
+def test_a_model_is_downloaded_again_only_when_it_is_another(
+    client: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for text, expected in ((b"one", [URI]), (b"one", [CHECKSUMS]), (b"two", [CHECKSUMS, URI])):
+        client.put_model(text)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            place = fetch(URI, tmp_path)
+
+        assert (place / "model").read_bytes() == text
+        said = [record.getMessage() for record in caplog.records if record.name == storage.__name__]
+        assert [message.split()[1] for message in said] == expected
+
+
+def test_a_model_without_checksums_is_downloaded_at_every_start(client: S3, tmp_path: Path) -> None:
+    for text in (b"one", b"two"):
+        client.put("model", text)
+
+        assert (fetch(URI, tmp_path) / "model").read_bytes() == text
+
+
+def test_workers_download_a_model_once(s3: S3, tmp_path: Path) -> None:
+    s3.put_model(b"text")
+    flags = ("--predictor=tests.predictors:FromFile", f"--storage_uri={URI}", f"--storage_cache_dir={tmp_path}")
+    with running(TWO, *flags, environment=s3.environment) as server:
+        server.wait_for_line(READY)
+        answers = {server.predict('{"instances": ["any"]}').text for _ in range(4)}
+        assert server.stop() == 0
+
+    assert answers == {'{"predictions":["text"]}'}
+    assert downloads(server) == [URI]
+
+
+def test_a_model_that_is_not_what_its_checksums_say_is_not_kept(client: S3, tmp_path: Path) -> None:
+    client.put_model(b"text")
+    client.put("model", b"tex.")
+
+    with pytest.raises(DownloadFailed, match=rf"^model of --storage_uri={URI} is not what its SHA256SUMS says$"):
+        fetch(URI, tmp_path)
+    assert in_cache(tmp_path) == []
+
+
+def test_a_model_that_lacks_a_file_is_not_kept(client: S3, tmp_path: Path) -> None:
+    client.put(CHECKSUMS, f"{'0' * 64}  model\n".encode())
+
+    with pytest.raises(DownloadFailed, match=f"^--storage_uri={URI} lacks model, which its SHA256SUMS names$"):
+        fetch(URI, tmp_path)
+    assert in_cache(tmp_path) == []
+
+
+def test_a_place_where_nothing_is_ends_the_start_with_one_line(s3: S3, tmp_path: Path) -> None:
+    code, lines = start_failing(
+        f"--storage_uri={URI}", f"--storage_cache_dir={tmp_path}", *PORTS, environment=s3.environment
+    )
+
+    assert code == 9
+    assert lines[-1].startswith(f"app.py: --storage_uri={URI} cannot be downloaded (")
+    assert in_cache(tmp_path) == []
+
+
+def test_an_earlier_download_outlives_a_failed_one(client: S3, tmp_path: Path) -> None:
+    client.put_model(b"text")
+    kept = fetch(URI, tmp_path)
+    client.put(CHECKSUMS, f"{'0' * 64}  model\n".encode())
+
+    with pytest.raises(DownloadFailed):
+        fetch(URI, tmp_path)
+    assert in_cache(tmp_path) == [kept.name]
+    assert (kept / "model").read_bytes() == b"text"
+
+
+def test_a_full_disk_ends_the_start_with_one_line(s3: S3, tmp_path: Path) -> None:
+    if problem := why_there_are_no_pods():
+        pytest.skip(f"no namespaces for a small disk: {problem}")
+    s3.put("model.onnx", bytes(4_000_000))
+    app = f"{sys.executable} app.py --storage_uri={URI} --storage_cache_dir={tmp_path} {' '.join(PORTS)}"
+    command = f"mount -t tmpfs -o size=1m tmpfs {tmp_path} && {app}; code=$?; ls {tmp_path}; exit $code"
+    namespaces = [name for name in NAMESPACES if name != "--net"]  # the S3 is outside
+
+    done = subprocess.run(
+        [*namespaces, "sh", "-c", command],
+        cwd=PROJECT,
+        env=s3.environment,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+
+    assert done.returncode == 9, done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert done.stdout.split() == [name for name in done.stdout.split() if name.endswith(".lock")]
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """Ends an answer in its midst."""
+
+    requested: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.requested.append(self.path)
+        self.send_response(200)
+        self.send_header("content-type", "application/octet-stream")
+        self.send_header("content-length", "1000")
+        self.end_headers()
+        self.wfile.write(b"half")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def test_a_download_that_breaks_off_is_no_model_and_says_no_secret(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{web.server_port}/model.onnx"
+        code, lines = start_failing(
+            f"--storage_uri=http://me:hidden@{place}?signature=hidden", f"--storage_cache_dir={tmp_path}", *PORTS
+        )
+        web.shutdown()
+
+    assert Broken.requested
+    assert code == 9
+    assert lines[-1].startswith(f"app.py: --storage_uri=http://{place} cannot be downloaded (")
+    assert "hidden" not in "".join(lines)
+    assert in_cache(tmp_path) == []
+
+
+def test_a_download_ends_with_the_server_that_wanted_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}/model.onnx"
+        flags = [f"--storage_uri={uri}", f"--storage_cache_dir={tmp_path}", *PORTS]
+        with subprocess.Popen([sys.executable, "app.py", *flags], cwd=PROJECT, stderr=subprocess.DEVNULL) as process:
+            with silent.accept()[0]:
+                (download,) = downloading(uri)
+                process.terminate()
+                assert process.wait(timeout=START_SECONDS) == 0
+
+        wait_for(lambda: not is_alive(download))
+
+
+def downloading(uri: str) -> list[int]:
+    """The processes that do."""
+    command_lines = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    return [int(name) for name, line in command_lines.items() if f"serving.storage\0{uri}".encode() in line]
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_path_is_taken_where_it_lies(prefix: str, model_dir: Path, tmp_path: Path) -> None:
+    with running(f"--storage_uri={prefix}{model_dir}", f"--storage_cache_dir={tmp_path}/cache") as server:
+        assert server.predict(v1_request(CAT)).status_code == 200
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["/nowhere", "file:///nowhere", "pvc://claim/model"])
+def test_a_path_where_nothing_is_ends_the_start_with_one_line(uri: str) -> None:
+    code, (line,) = start_failing(f"--storage_uri={uri}", *PORTS)
+
+    assert code == 4
+    assert line.startswith(f"app.py: --storage_uri={uri}")
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["directory", "file"])
+def test_what_a_cluster_has_mounted_is_taken_as_it_is(single: bool, model_dir: Path, tmp_path: Path) -> None:
+    """KServe sets STORAGE_URI to /mnt/models, read-only, whatever it downloaded from."""
+    if problem := why_there_are_no_pods():
+        pytest.skip(f"no namespaces for a pod: {problem}")
+    model = one_file(model_dir, tmp_path / "model.onnx") if single else model_dir
+    for uri in ("/mnt/models", "pvc://claim/model"):
+        with pod([], {"PATH": os.environ["PATH"], "STORAGE_URI": uri}, model) as it:
+            assert it.status(8080, "/v2/models/custom-model/ready") == 200
+
+
+def one_file(model_dir: Path, file: Path) -> Path:
+    """The model with its weights inside."""
+    import onnx_ir
+
+    model = onnx_ir.load(model_dir / "model.onnx")
+    onnx_ir.save(onnx_ir.external_data.load_to_model(model), file)
+    return file
+
+
+def test_without_the_library_a_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(storage, "LIBRARY", "a_library_that_is_not_installed")
+
+    with pytest.raises(BadSetting, match=r"pip install -r requirements-storage\.txt"):
+        fetch(URI, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://bucket/path", "s3://bucket/path"),
+        ("https://me:secret@host/model.onnx", "https://host/model.onnx"),
+        ("https://host/model.onnx?X-Signature=secret", "https://host/model.onnx"),
+    ],
+)
+def test_secrets_of_an_address_are_never_shown(uri: str, shown: str) -> None:
+    assert public(uri) == shown
