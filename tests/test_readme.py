@@ -138,6 +138,12 @@ def test_the_settings_are_those_of_the_code() -> None:
     ]
 
 
+def test_every_manifest_is_told_of() -> None:
+    assert {row[0] for row in table("you built and pushed.\n\n")} == {
+        file.name for file in (PROJECT / "deploy").glob("*.yaml")
+    }
+
+
 def test_the_rest_table_has_every_route_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
     found = [route for room in ROOMS for route in room.routes(dataplane)]

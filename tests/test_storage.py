@@ -236,11 +236,13 @@ def test_a_download_ends_with_the_server_that_wanted_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}/model.onnx"
         flags = [f"--storage_uri={uri}", f"--storage_cache_dir={tmp_path}", *PORTS]
-        with subprocess.Popen([sys.executable, "app.py", *flags], cwd=PROJECT, stderr=subprocess.DEVNULL) as process:
-            with silent.accept()[0]:
-                (download,) = downloading(uri)
-                process.terminate()
-                assert process.wait(timeout=START_SECONDS) == 0
+        with (
+            subprocess.Popen([sys.executable, "app.py", *flags], cwd=PROJECT, stderr=subprocess.DEVNULL) as process,
+            silent.accept()[0],
+        ):
+            (download,) = downloading(uri)
+            process.terminate()
+            assert process.wait(timeout=START_SECONDS) == 0
 
         wait_for(lambda: not is_alive(download))
 
