@@ -56,7 +56,8 @@ RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/local/lib/python3.11/e
 COPY --from=install /opt/venv /opt/venv
 COPY --from=export /app/model /app/model
 COPY --from=code /app /app
-ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1
+# What is downloaded goes where something writable is mounted, on a read-only root.
+ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/tmp
 WORKDIR /app
 USER 1000:1000
 EXPOSE 8080 8081

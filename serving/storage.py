@@ -42,7 +42,8 @@ def fetch(uri: str, cache_dir: Path | None) -> Path:
         return _existing(MOUNTED, f"{uri}, which Kubernetes would mount at {MOUNTED},")
     if importlib.util.find_spec(LIBRARY) is None:
         raise BadSetting(f"--storage_uri={public(uri)} needs a library: `pip install -r requirements-storage.txt`")
-    cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "model-server")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "") + "/.cache"
+    cache_dir = cache_dir or Path(caches, "model-server")
     place = cache_dir / hashlib.sha256(uri.encode()).hexdigest()[:16]
     part = place.with_suffix(".part")
     try:
