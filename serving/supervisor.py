@@ -53,11 +53,19 @@ def run(settings: Settings) -> int:
     in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with (
         tempfile.TemporaryDirectory(prefix="serving-metrics-", dir=in_memory) as metrics_dir,
-        tempfile.TemporaryDirectory(prefix="serving-weights-") as weights_dir,
+        tempfile.TemporaryDirectory(prefix="serving-weights-", dir=_disk()) as weights_dir,
     ):
         shared = {MULTIPROCESS: metrics_dir, SHARED_WEIGHTS: weights_dir}
         supervisor = Supervisor(command, http, shared, settings.grace_period_seconds)
         return asyncio.run(supervisor.run(settings.workers))
+
+
+def _disk() -> str:
+    """Where the weights may lie; on a root that is read-only in memory, and if they do not fit, nowhere."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        return str(SHARED_MEMORY)
 
 
 class Supervisor:
