@@ -11,7 +11,7 @@ from serving.errors import ModelMissing, ModelNotReady, PredictorBroken, StartEr
 from serving.logs import banner
 from serving.predictor import Predictor
 from serving.settings import Settings
-from serving.storage import fetch
+from serving.storage import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,8 @@ def _predictor_class(path: str) -> type[Predictor]:
 
 
 def _model_dir(settings: Settings) -> Path | None:
-    if settings.model_dir is None and settings.storage_uri:
-        return fetch(settings.storage_uri, settings.storage_cache_dir)
     if settings.model_dir is None:
-        return next((place for place in MODEL_PLACES if place.exists()), None)
+        return model_of(settings) or next((place for place in MODEL_PLACES if place.exists()), None)
     if not settings.model_dir.exists():
         raise ModelMissing(f"--model_dir={settings.model_dir} does not exist")
     return settings.model_dir

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from serving.errors import BadSetting, DownloadFailed, ModelMissing, one_line
+from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,13 @@ CHECKSUMS = "SHA256SUMS"  # beside a model, as `sha256sum` writes it; model_expo
 MOUNTED = Path("/mnt/models")
 LIBRARY = "kserve_storage"
 PROGRESS_SECONDS = 5.0
+
+
+def model_of(settings: Settings) -> Path | None:
+    """What --storage_uri means, fetched; None without it or with --model_dir. Raises as `fetch` does."""
+    if settings.model_dir or not settings.storage_uri:
+        return None
+    return fetch(settings.storage_uri, settings.storage_cache_dir)
 
 
 def fetch(uri: str, cache_dir: Path | None) -> Path:

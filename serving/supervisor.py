@@ -26,7 +26,7 @@ from serving.metrics import MULTIPROCESS
 from serving.settings import Settings
 from serving.shared_weights import VARIABLE as SHARED_WEIGHTS
 from serving.sockets import VARIABLE, bind_http, reserve_grpc
-from serving.storage import fetch
+from serving.storage import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def run(settings: Settings) -> int:
         "threads": settings.threads or max(1, available_cpus() // settings.workers),
         "max_asyncio_workers": settings.max_asyncio_workers or max(1, available_cpus() // settings.workers),
     }
-    if settings.storage_uri and settings.model_dir is None:
-        flags["model_dir"] = fetch(settings.storage_uri, settings.storage_cache_dir)
+    if model := model_of(settings):
+        flags["model_dir"] = model
     command = [sys.executable, *sys.orig_argv[1:], *(f"--{name}={value}" for name, value in flags.items())]
     in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with (
