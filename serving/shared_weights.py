@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from serving.errors import one_line
@@ -19,16 +20,12 @@ from serving.errors import one_line
 logger = logging.getLogger(__name__)
 
 VARIABLE = "SERVING_SHARED_WEIGHTS_DIR"
-DATA = "weights.data"
-SMALLEST_BYTES = 1024  # what is smaller stays in the .onnx file
-FATAL = 4
 
 
-def shared_model(model: Path) -> Path | None:
-    """A copy of `model` whose weights need no preparation, made if no worker has; None outside of a supervisor.
+def shared_model(model: Path, prepare: Callable[[Path, Path], None]) -> Path | None:
+    """The copy of `model` that `prepare` writes, unless a worker has done that before; None outside of a supervisor.
 
-    It has been optimized for the CPU at hand and is to be loaded as it is. None as well, with a line in the log,
-    where it cannot be made, as on a full disk.
+    None as well, with a line in the log, where it cannot be made, as on a full disk.
     """
     if VARIABLE not in os.environ:
         return None
@@ -40,7 +37,7 @@ def shared_model(model: Path) -> Path | None:
             if not made.exists():
                 shutil.rmtree(part, ignore_errors=True)  # of a worker that was killed
                 part.mkdir()
-                _write(model, part / model.name)
+                prepare(model, part / model.name)
                 part.rename(made)
     except Exception as error:  # ONNX Runtime's exceptions have no class in common
         shutil.rmtree(part, ignore_errors=True)
@@ -52,17 +49,3 @@ def shared_model(model: Path) -> Path | None:
 def forget_shared_models() -> None:
     """For workers whose supervisor was killed, who else would have done it at its end."""
     shutil.rmtree(os.environ.get(VARIABLE, ""), ignore_errors=True)
-
-
-def _write(model: Path, file: Path) -> None:
-    import onnxruntime  # the supervisor, who needs but the variable's name, is 20 MB smaller without it
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL
-    options.optimized_model_filepath = str(file)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", DATA)
-    options.add_session_config_entry(
-        "session.optimized_model_external_initializers_min_size_in_bytes", str(SMALLEST_BYTES)
-    )
-    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

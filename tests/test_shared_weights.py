@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.engine import Engine
-from serving.shared_weights import DATA, VARIABLE, shared_model
+from serving.engine import PREPARED_WEIGHTS, Engine, prepare
+from serving.shared_weights import VARIABLE, shared_model
 from tests.pictures import CAT, v1_request
 from tests.servers import READY, Server, running
 from tests.test_supervisor import TWO, is_alive, wait_for
@@ -65,19 +65,19 @@ def test_two_workers_hold_the_weights_once_and_answer_as_one_does(
 
     assert answers == {server.predict(v1_request(CAT)).text}
     assert max(own) < weights_bytes / 2
-    assert [DATA in text for text in maps] == [True, True]
+    assert [PREPARED_WEIGHTS in text for text in maps] == [True, True]
     assert list(tmp_path.glob("serving-*")) == []
 
 
 def test_a_worker_alone_has_its_weights_for_itself(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
 
-    assert shared_model(model_dir / "model.onnx") is None
+    assert shared_model(model_dir / "model.onnx", prepare) is None
 
 
 def test_workers_that_start_at_once_prepare_the_weights_once(model_dir: Path, folder: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        files = set(pool.map(shared_model, [model_dir / "model.onnx"] * 4))
+        files = set(pool.map(lambda _: shared_model(model_dir / "model.onnx", prepare), range(4)))
 
     (file,) = files
     assert file
@@ -95,13 +95,13 @@ def test_a_prepared_model_says_of_itself_what_the_original_says(model_dir: Path,
 
 
 def test_what_a_killed_worker_has_begun_is_made_anew(model_dir: Path, folder: Path) -> None:
-    file = shared_model(model_dir / "model.onnx")
+    file = shared_model(model_dir / "model.onnx", prepare)
     assert file
     file.parent.rename(begun := file.parent.with_suffix(".part"))
-    (begun / DATA).write_bytes(b"")
+    (begun / PREPARED_WEIGHTS).write_bytes(b"")
 
-    assert shared_model(model_dir / "model.onnx") == file
-    assert (file.parent / DATA).stat().st_size > 0
+    assert shared_model(model_dir / "model.onnx", prepare) == file
+    assert (file.parent / PREPARED_WEIGHTS).stat().st_size > 0
     assert not begun.exists()
 
 
