@@ -7,7 +7,6 @@ the same to the bit.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -15,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from serving.directory_lock import locked
 from serving.errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -30,17 +30,12 @@ def shared_model(model: Path, prepare: Callable[[Path, Path], None]) -> Path | N
     if VARIABLE not in os.environ:
         return None
     made = Path(os.environ[VARIABLE], hashlib.sha256(bytes(model)).hexdigest())
-    part = made.with_suffix(".part")
     try:
-        with made.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(made) as part:
             if not made.exists():
-                shutil.rmtree(part, ignore_errors=True)  # of a worker that was killed
-                part.mkdir()
                 prepare(model, part / model.name)
                 part.rename(made)
     except Exception as error:  # ONNX Runtime's exceptions have no class in common
-        shutil.rmtree(part, ignore_errors=True)
         logger.warning("the workers share no weights, each has its own in memory: %s", one_line(error))
         return None
     return made / model.name

@@ -6,13 +6,11 @@ process of its own: it imports boto3 and its like, 90 MB that the server need no
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+from serving.directory_lock import locked
 from serving.errors import BadSetting, DownloadFailed, ModelMissing, one_line
 from serving.settings import Settings
 
@@ -53,18 +52,15 @@ def fetch(uri: str, cache_dir: Path | None) -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "") + "/.cache"
     cache_dir = cache_dir or Path(caches, "model-server")
     place = cache_dir / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    part = place.with_suffix(".part")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with place.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                if not _is_current(place, uri, part):
-                    _download(uri, part)
-                    _verify(part, uri)
-                    _swap(part, place)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+        with locked(place) as part:
+            if not _is_current(place, uri, part / "checksums"):
+                _download(uri, part / "model")
+                _verify(part / "model", uri)
+                if place.exists():
+                    place.rename(part / "old")
+                (part / "model").rename(place)
     except OSError as error:
         raise DownloadFailed(f"{cache_dir} cannot be written ({error.strerror}): see --storage_cache_dir") from None
     return place
@@ -81,29 +77,19 @@ def _existing(path: Path, named: str) -> Path:
     return path
 
 
-def _is_current(place: Path, uri: str, part: Path) -> bool:
+def _is_current(place: Path, uri: str, scratch: Path) -> bool:
     """Whether what was downloaded earlier is what `uri` has; where no checksums say so, it is not."""
     if not (place / CHECKSUMS).exists() or uri.startswith("http"):  # of which one file is all that can be had
         return False
     try:
-        _download(uri, part, CHECKSUMS)
-        return (part / CHECKSUMS).read_bytes() == (place / CHECKSUMS).read_bytes()
+        _download(uri, scratch, CHECKSUMS)
+        return (scratch / CHECKSUMS).read_bytes() == (place / CHECKSUMS).read_bytes()
     except (DownloadFailed, FileNotFoundError):
         return False
 
 
-def _swap(part: Path, place: Path) -> None:
-    old = place.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    part.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _download(uri: str, directory: Path, *patterns: str) -> None:
-    """Into a directory that is empty then, whatever a killed server has left there. Raises DownloadFailed."""
-    shutil.rmtree(directory, ignore_errors=True)
+    """Into a new directory. Raises DownloadFailed."""
     directory.mkdir()
     started_at = time.monotonic()
     command = [sys.executable, "-m", "serving.storage", uri, str(directory), *patterns]

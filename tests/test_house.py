@@ -32,6 +32,7 @@ FLOORS = {
     "serving.errors": 1,
     "serving.metrics": 1,
     "serving.settings": 1,
+    "serving.directory_lock": 0,
     "serving.shared_weights": 1,
     "serving.storage": 2,
     "serving.sockets": 1,
