@@ -11,11 +11,11 @@ from serving.errors import ModelMissing, ModelNotReady, PredictorBroken, StartEr
 from serving.logs import banner
 from serving.predictor import Predictor
 from serving.settings import Settings
-from serving.storage import model_of
+from serving.storage import MOUNTED, model_of
 
 logger = logging.getLogger(__name__)
 
-MODEL_PLACES = (Path("/mnt/models"), Path(__file__).parent.parent / "model")  # KServe mounts a model at the first
+MODEL_PLACES = (MOUNTED, Path(__file__).parent.parent / "model")
 
 
 class Model:

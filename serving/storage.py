@@ -25,7 +25,7 @@ from serving.settings import Settings
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "SHA256SUMS"  # beside a model, as `sha256sum` writes it; model_export does
-MOUNTED = Path("/mnt/models")
+MOUNTED = Path("/mnt/models")  # where KServe puts a model
 LIBRARY = "kserve_storage"
 PROGRESS_SECONDS = 5.0
 
