@@ -84,7 +84,7 @@ def _samples(subject: Subject, arguments: argparse.Namespace) -> list[Sample]:
             f"{payload.name}, {connections} connections: {result.per_second:.1f}/s, {result.failed} failed\n"
         )
         if age_seconds > arguments.minutes * 60:
-            return samples
+            break
     return samples
 
 

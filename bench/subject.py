@@ -33,8 +33,7 @@ class Subject:
     @property
     def process_ids(self) -> list[int]:
         """Its own, and those of its workers."""
-        children = Path(f"/proc/{self.process_id}/task/{self.process_id}/children").read_text().split()
-        return [self.process_id, *map(int, children)]
+        return [self.process_id, *children(self.process_id)]
 
     def cpu_seconds(self) -> float:
         fields = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in self.process_ids]
@@ -49,12 +48,23 @@ class Subject:
 
     def memory_mib(self, kind: str) -> float:
         """`Rss`, or `Pss`, in which pages that processes share count once."""
-        texts = [Path(f"/proc/{one}/smaps_rollup").read_text() for one in self.process_ids]
-        return sum(int(found[1]) for text in texts if (found := re.search(rf"^{kind}:\s+(\d+)", text, re.M))) / 1024
+        return sum(memory_mib(one, kind) for one in self.process_ids)
 
     def descriptors(self) -> int:
         """Open files and connections."""
         return sum(len(os.listdir(f"/proc/{one}/fd")) for one in self.process_ids)
+
+
+def children(process_id: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+
+
+def memory_mib(process_id: int, kind: str) -> float:
+    """Of one process; `kind` as /proc/PID/smaps_rollup names it. Raises ValueError where it does not."""
+    counts = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path(f"/proc/{process_id}/smaps_rollup").read_text(), re.M))
+    if kind not in counts:
+        raise ValueError(f"the kernel does not count {kind}")
+    return int(counts[kind]) / 1024
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from serving.engine import CUDA
-from tests.pods import Pod, pod, why_there_are_no_pods
+from tests.pods import Pod, pod, skip_without_namespaces
 from tests.servers import PROJECT
 from tests.test_engine import HAS_CUDA
 
@@ -26,7 +26,7 @@ def documents(file: Path) -> list[Manifest]:
     return list(yaml.safe_load_all(file.read_text()))
 
 
-def containers(file: Path) -> Iterator[tuple[Manifest, Manifest]]:
+def containers(file: Path) -> Iterator[tuple[dict[str, Any], Manifest]]:
     """Every container and the pod specification that it is in."""
     for document in documents(file):
         spec = document["spec"].get("predictor", document["spec"])
@@ -57,11 +57,10 @@ def schemas() -> Mapping[str, Any]:
 @pytest.fixture(scope="module", params=[file for file in MANIFESTS if file.stem != "gpu"], ids=lambda file: file.stem)
 def started(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[tuple[Pod, Manifest]]:
     """A manifest's container, with what KServe and Knative add to it."""
-    if problem := why_there_are_no_pods():
-        pytest.skip(f"no namespaces for a pod: {problem}")
+    skip_without_namespaces()
     ((container, _),) = containers(request.param)
-    arguments = [argument.replace("{{.Name}}", "resnet") for argument in container["args"]]
-    with pod(arguments, environment_of(container), model_dir) as it:
+    container["args"] = [argument.replace("{{.Name}}", "resnet") for argument in container["args"]]
+    with pod(container["args"], environment_of(container), model_dir) as it:
         yield it, container
 
 
@@ -91,7 +90,6 @@ def test_a_container_is_ready_with_exactly_its_arguments(started: tuple[Pod, Man
     pod, container = started
 
     name = next(argument for argument in container["args"] if argument.startswith("--model_name=")).partition("=")[2]
-    name = name.replace("{{.Name}}", "resnet")
     ports = {pod.server.http_port, pod.server.grpc_port}
     assert pod.status(pod.server.http_port, f"/v2/models/{name}/ready") == 200
     assert {port["containerPort"] for port in container["ports"]} <= ports

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.pods import Pod, pod, why_there_are_no_pods
+from tests.pods import Pod, pod, skip_without_namespaces
 
 
 @pytest.fixture(scope="module")
 def elsewhere(model_dir: Path) -> Iterator[Pod]:
     """A server whose flags have moved its ports."""
-    if problem := why_there_are_no_pods():
-        pytest.skip(f"no namespaces for a pod: {problem}")
+    skip_without_namespaces()
     with pod(["--http_port=9000", "--grpc_port=9001"], {"PATH": os.environ["PATH"]}, model_dir) as it:
         yield it
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.subject import children, memory_mib
 from serving.engine import PREPARED_WEIGHTS, Engine, prepare
 from serving.shared_weights import VARIABLE, shared_model
 from tests.pictures import CAT, v1_request
-from tests.servers import READY, Server, running
-from tests.test_supervisor import TWO, is_alive, wait_for
+from tests.servers import READY, Server, is_alive, running, wait_for
+from tests.test_supervisor import TWO
 
 
 @pytest.fixture
@@ -45,26 +45,20 @@ def files_no_larger_than(most_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def memory_bytes(process_id: str, kind: str) -> int:
-    found = re.search(rf"^{kind}:\s+(\d+) kB", Path(f"/proc/{process_id}/smaps_rollup").read_text(), re.M)
-    assert found
-    return int(found[1]) * 1024
-
-
 def test_two_workers_hold_the_weights_once_and_answer_as_one_does(
     model_dir: Path, server: Server, tmp_path: Path
 ) -> None:
-    weights_bytes = sum(file.stat().st_size for file in model_dir.iterdir())
+    weights_mib = sum(file.stat().st_size for file in model_dir.iterdir()) / 2**20
     with two_workers(f"--model_dir={model_dir}", temporary=tmp_path) as two:
-        children = Path(f"/proc/{two.process.pid}/task/{two.process.pid}/children").read_text().split()
+        workers = children(two.process.pid)
         answers = {two.predict(v1_request(CAT)).text for _ in range(8)}
-        own = [memory_bytes(child, "Anonymous") for child in children]
-        maps = [Path(f"/proc/{child}/maps").read_text() for child in children]
+        own = [memory_mib(worker, "Anonymous") for worker in workers]
+        maps = [Path(f"/proc/{worker}/maps").read_text() for worker in workers]
 
         assert two.stop() == 0
 
     assert answers == {server.predict(v1_request(CAT)).text}
-    assert max(own) < weights_bytes / 2
+    assert max(own) < weights_mib / 2
     assert [PREPARED_WEIGHTS in text for text in maps] == [True, True]
     assert list(tmp_path.glob("serving-*")) == []
 
@@ -120,9 +114,9 @@ def test_on_a_full_disk_each_worker_has_its_own_weights_and_says_so_once(
 
 def test_workers_whose_supervisor_was_killed_leave_nothing_on_the_disk(model_dir: Path, tmp_path: Path) -> None:
     with two_workers(f"--model_dir={model_dir}", temporary=tmp_path) as two:
-        children = Path(f"/proc/{two.process.pid}/task/{two.process.pid}/children").read_text().split()
+        workers = children(two.process.pid)
 
         two.process.kill()
 
-        wait_for(lambda: not any(is_alive(int(child)) for child in children))
+        wait_for(lambda: not any(is_alive(worker) for worker in workers))
     assert list(tmp_path.glob("serving-*")) == []

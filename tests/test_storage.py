@@ -22,9 +22,9 @@ from serving import storage
 from serving.errors import BadSetting, DownloadFailed
 from serving.storage import CHECKSUMS, fetch, public
 from tests.pictures import CAT, v1_request
-from tests.pods import NAMESPACES, pod, why_there_are_no_pods
-from tests.servers import PROJECT, READY, START_SECONDS, Server, running, start_failing
-from tests.test_supervisor import TWO, is_alive, wait_for
+from tests.pods import NAMESPACES, pod, skip_without_namespaces
+from tests.servers import PROJECT, READY, START_SECONDS, Server, is_alive, running, start_failing, wait_for
+from tests.test_supervisor import TWO
 
 BUCKET = "models"
 URI = f"s3://{BUCKET}/alexnet"
@@ -177,8 +177,7 @@ def test_an_earlier_download_outlives_a_failed_one(client: S3, tmp_path: Path) -
 
 
 def test_a_full_disk_ends_the_start_with_one_line(s3: S3, tmp_path: Path) -> None:
-    if problem := why_there_are_no_pods():
-        pytest.skip(f"no namespaces for a small disk: {problem}")
+    skip_without_namespaces()
     s3.put("model.onnx", bytes(4_000_000))
     app = f"{sys.executable} app.py --storage_uri={URI} --storage_cache_dir={tmp_path} {' '.join(PORTS)}"
     command = f"mount -t tmpfs -o size=1m tmpfs {tmp_path} && {app}; code=$?; ls {tmp_path}; exit $code"
@@ -271,8 +270,7 @@ def test_a_path_where_nothing_is_ends_the_start_with_one_line(uri: str) -> None:
 @pytest.mark.parametrize("single", [False, True], ids=["directory", "file"])
 def test_what_a_cluster_has_mounted_is_taken_as_it_is(single: bool, model_dir: Path, tmp_path: Path) -> None:
     """KServe sets STORAGE_URI to /mnt/models, read-only, whatever it downloaded from."""
-    if problem := why_there_are_no_pods():
-        pytest.skip(f"no namespaces for a pod: {problem}")
+    skip_without_namespaces()
     model = one_file(model_dir, tmp_path / "model.onnx") if single else model_dir
     for uri in ("/mnt/models", "pvc://claim/model"):
         with pod([], {"PATH": os.environ["PATH"], "STORAGE_URI": uri}, model) as it:

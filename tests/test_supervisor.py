@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ import pytest
 
 from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
-from tests.servers import SETTLE_SECONDS, Server, gated, read_until, running, start_failing
+from tests.servers import Server, gated, is_alive, read_until, running, start_failing, wait_for
 from tests.test_grpc import image_request
 from tests.test_lifecycle import grpc_infer, rest
 from tests.test_metrics import ended, value
@@ -38,12 +37,6 @@ def two(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-
-
 def answered_by(server: Server) -> int:
     """The process that one request, on a connection of its own, reached."""
     (process_id,) = server.predict('{"instances": [0]}').json()["predictions"]
@@ -58,21 +51,19 @@ def answering(server: Server) -> set[int]:
 
 def workers(server: Server) -> set[int]:
     """Its processes, once each has answered: on a busy machine one of them may take all requests for a while."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while len(found := answering(server)) < WORKERS:
-        assert time.monotonic() < deadline
+    found: set[int] = set()
+
+    def all_answer() -> bool:
+        found.clear()
+        found.update(answering(server))
+        return len(found) == WORKERS
+
+    wait_for(all_answer)
     return found
 
 
 def is_stopped(process_id: int) -> bool:
     return ") T " in Path(f"/proc/{process_id}/stat").read_text()
-
-
-def is_alive(process_id: int) -> bool:
-    try:
-        return " Z " not in Path(f"/proc/{process_id}/stat").read_text()
-    except FileNotFoundError:
-        return False
 
 
 def test_both_ports_are_answered_by_all_workers_and_by_nobody_else(two: Server, google: ModuleType) -> None:
