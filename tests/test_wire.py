@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from proto.generate import generate
 from proto.generated import inference as pb
-from proto.wire import DecodeError, decode
+from proto.wire import DecodeError, decode, first_text
 from tests.servers import PROJECT
 
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
@@ -134,6 +134,27 @@ def test_no_truncated_message_is_read_as_anything_but_what_google_reads(
     cut = whole[: data.draw(st.integers(0, len(whole)))]
 
     assert ours_or_error(cut) == googles_or_error(google, cut)
+
+
+@PROPERTY
+@given(values=infer_request)
+def test_a_text_is_found_without_reading_the_rest(google: ModuleType, values: dict[str, Any]) -> None:
+    data = google_request(google, values).SerializeToString()
+
+    assert first_text(data, 1) == values["model_name"]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"\x0a\x05abc", "truncated field"),
+        (b"\x0a\x01\xff", "not UTF-8"),
+        (b"\x10\x01" * 1000 + b"\x0a\x01a", "field 1 is not among the first 1,000"),
+    ],
+)
+def test_a_text_that_cannot_be_had_is_refused(data: bytes, problem: str) -> None:
+    with pytest.raises(DecodeError, match=problem):
+        first_text(data, 1)
 
 
 def ours_or_error(data: bytes) -> Any:
