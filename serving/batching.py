@@ -3,8 +3,7 @@
 A lone request never waits: an idle engine takes at once what is there, and while it is busy, arrivals queue and go
 together next. On two cores AlexNet takes 25 to 29 ms for one image and 14.5 for each of eight (measured).
 
-Decoding and a run that takes every core take turns: side by side on two cores they cost 4 to 13 % more CPU a request
-(measured), since a thread of ONNX Runtime spins while it waits for one that a decoder has displaced.
+Requests that arrive are decoded meanwhile, unless the run takes every core: see cores.py.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 
+from serving.cores import Cores
 from serving.errors import ServingError
 from serving.logs import public
 from serving.metrics import Metrics
@@ -40,7 +40,6 @@ class Predicted:
 @dataclass(slots=True)
 class _Waiting:
     predictor: Predictor
-    model_name: str
     rows: Rows
     answer: asyncio.Future[Predicted]
     since: float = field(default_factory=time.perf_counter)
@@ -59,23 +58,27 @@ class _Waiting:
 
 
 class Batcher:
-    """The rows that wait, and the one thread that runs models.
+    """The rows that wait for one model, and the one thread that runs it.
 
     One, since ONNX Runtime uses every core for one batch: with a session and a thread for each core, 16 connections got
     52 requests a second instead of 56, and a lone one waited 45 ms instead of 31 (measured). A predictor whose runs
     take every core is not run beside decoding, either: a batch is decoded, then run, then the next one is decoded.
     """
 
-    def __init__(self, metrics: Metrics, max_batch_size: int, max_batch_delay_ms: int) -> None:
+    def __init__(
+        self, model_name: str, cores: Cores, metrics: Metrics, max_batch_size: int, max_batch_delay_ms: int
+    ) -> None:
+        self._model_name = model_name
+        self._cores = cores
         self._metrics = metrics
         self._max_rows = max_batch_size
         self._delay_seconds = max_batch_delay_ms / 1000
         self._queue: deque[_Waiting] = deque()
-        self._coming, self._cores_taken = 0, False
+        self._coming = 0
         self._ran_until = self._run_seconds = 0.0
         self._changed = threading.Condition()
         self._closed = False
-        threading.Thread(target=self._work, name="engine", daemon=True).start()
+        threading.Thread(target=self._work, name=f"engine of {model_name}", daemon=True).start()
 
     @contextmanager
     def coming(self) -> Iterator[None]:
@@ -88,14 +91,9 @@ class Batcher:
                 self._coming -= 1
                 self._changed.notify_all()
 
-    def await_cores(self) -> None:
-        """Before decoding, on its thread: returns when no run takes every core."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._cores_taken)
-
-    def queue(self, predictor: Predictor, model_name: str, rows: Rows) -> asyncio.Future[Predicted]:
+    def queue(self, predictor: Predictor, rows: Rows) -> asyncio.Future[Predicted]:
         """Have one request's rows predicted. Gives ServingError. Cancelled before its run, it has none."""
-        waiting = _Waiting(predictor, model_name, rows, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(predictor, rows, asyncio.get_running_loop().create_future())
         with self._changed:
             self._queue.append(waiting)
             self._changed.notify_all()
@@ -112,22 +110,25 @@ class Batcher:
             pass  # and nothing here holds on to a batch, whose model may be unloaded meanwhile
 
     def _run_next(self) -> bool:
-        batch = self._next()
-        for waiting in batch:
-            self._metrics.queued(waiting.since)
-        if batch:
-            started_at = time.perf_counter()
-            self._cores_taken = batch[0].predictor.takes_every_core
-            self._run(batch)
-            with self._changed:
-                self._ran_until = time.perf_counter()
-                self._run_seconds = self._ran_until - started_at
-                self._cores_taken = False
-                self._changed.notify_all()
-        return bool(batch)
+        reason = self._await_rows()
+        if not reason:
+            return False
+        with self._turn():
+            batch = self._take(reason)
+            if batch:
+                started_at = time.perf_counter()
+                self._run(batch)
+                with self._changed:
+                    self._ran_until = time.perf_counter()
+                    self._run_seconds = self._ran_until - started_at
+        return True
 
-    def _next(self) -> list[_Waiting]:
-        """The oldest request, and those behind it that fit in its run; empty when closed."""
+    def _turn(self) -> AbstractContextManager[None]:
+        """What the next run needs of the cores. Only this thread takes from the queue: there is an oldest."""
+        return self._cores.taken() if self._queue[0].predictor.takes_every_core else nullcontext()
+
+    def _await_rows(self) -> str:
+        """Returns when the oldest request should run, and why no more may be with it; empty when closed."""
         reason = "queued"
         with self._changed:
             while not self._closed:
@@ -144,25 +145,29 @@ class Batcher:
                     self._changed.wait(delayed_seconds)
                 elif not full and self._coming and oldest.predictor.takes_every_core and worth_seconds > 0:
                     self._changed.wait(worth_seconds)
-                elif batch := self._take():
-                    full = bool(self._queue) or sum(waiting.size for waiting in batch) >= self._max_rows
-                    self._metrics.batch(batch[0].model_name, "full" if full else reason)
-                    return batch
-        return []
+                else:
+                    return reason
+        return ""
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self, reason: str) -> list[_Waiting]:
+        """The oldest request whose client has not left, and those behind it that fit in its run."""
         batch: list[_Waiting] = []
         others: deque[_Waiting] = deque()
         free = self._max_rows
-        for waiting in self._queue:
-            if waiting.answer.cancelled():
-                self._metrics.dropped(waiting.model_name)
-            elif not batch or (waiting.size <= free and waiting.goes_with(batch[0])):
-                batch.append(waiting)
-                free -= waiting.size
-            else:
-                others.append(waiting)
-        self._queue = others
+        with self._changed:
+            for waiting in self._queue:
+                if waiting.answer.cancelled():
+                    self._metrics.dropped(self._model_name)
+                elif not batch or (waiting.size <= free and waiting.goes_with(batch[0])):
+                    batch.append(waiting)
+                    free -= waiting.size
+                else:
+                    others.append(waiting)
+            self._queue = others
+        for waiting in batch:
+            self._metrics.queued(waiting.since)
+        if batch:
+            self._metrics.batch(self._model_name, "full" if others or free <= 0 else reason)
         return batch
 
     def _run(self, batch: Sequence[_Waiting]) -> None:
@@ -173,7 +178,7 @@ class Batcher:
         except Exception as error:
             if len(batch) > 1:
                 for waiting in batch:
-                    self._metrics.batch(waiting.model_name, "alone")
+                    self._metrics.batch(self._model_name, "alone")
                     self._run([waiting])
                 return
             answers = [batch[0].context.run(public, error)]
@@ -193,8 +198,8 @@ class Batcher:
             ]
         finally:
             run_seconds = time.perf_counter() - started_at
-            for waiting in batch:
-                self._metrics.inferred(waiting.model_name, run_seconds)
+            for _ in batch:
+                self._metrics.inferred(self._model_name, run_seconds)
         predictions = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         return [
             Predicted({name: array[end - waiting.size : end] for name, array in predictions.items()}, run_seconds)
@@ -204,7 +209,7 @@ class Batcher:
     def _piece(self, first: _Waiting, rows: Rows) -> Rows:
         """One run, of no more rows than are allowed."""
         size = _size(rows)
-        self._metrics.run(first.model_name, size)
+        self._metrics.run(self._model_name, size)
         predictions = first.predictor.predict(rows)
         for name, array in predictions.items():
             if len(array) != size:

@@ -31,22 +31,25 @@ def environment_variable(name: str) -> str:
 
 def default_text(default: Any) -> str:
     """A default as one would write it in a flag."""
+    if isinstance(default, tuple):
+        return ",".join(default)
     return str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Raises BadSetting; --help and --version print and exit."""
-    given = vars(_parser().parse_args(arguments))
     types = get_type_hints(Settings)
+    given = vars(_parser(types).parse_args(arguments))
     values: dict[str, Any] = {}
     for entry in fields(Settings):
         source, text = _source(entry.name, given, environment)
         if not text:
             continue
         value = _convert(source, text, types[entry.name])
-        problem = entry.metadata["check"](value) if entry.metadata["check"] else None
-        if problem:
-            raise BadSetting(f"{source} {problem}, not {text}")
+        if check := entry.metadata["check"]:
+            for one in value if isinstance(value, tuple) else [value]:
+                if problem := check(one):
+                    raise BadSetting(f"{source} {problem}, not {one}")
         values[entry.name] = value
     settings = Settings(**values)
     if settings.http_port == settings.grpc_port != 0:
@@ -56,11 +59,12 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     return settings
 
 
-def _source(name: str, given: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, str]:
+def _source(name: str, given: Mapping[str, str | list[str]], environment: Mapping[str, str]) -> tuple[str, str]:
     """Where the setting's value is taken from, and its text; an empty text means nowhere."""
     variable = environment_variable(name)
     if name in given:
-        return f"--{name}", given[name]
+        text = given[name]
+        return f"--{name}", text if isinstance(text, str) else ",".join(text)
     if environment.get(variable):
         return variable, environment[variable]
     if name == "http_port":
@@ -81,6 +85,8 @@ def _convert(source: str, text: str, kind: Any) -> Any:
         if text.lower() not in BOOLEANS:
             raise BadSetting(f"{source} must be true or false, not {text}")
         return BOOLEANS[text.lower()]
+    if kind == tuple[str, ...]:
+        return tuple(filter(None, text.split(",")))
     if kind is not int:
         return Path(text) if kind == Path | None else text
     try:
@@ -96,7 +102,7 @@ class _Parser(argparse.ArgumentParser):
         raise BadSetting(f"{message} (--help lists the flags)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(types: Mapping[str, Any]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="app.py",
         description="Serves a model over KServe's REST and gRPC protocols.",
@@ -108,10 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     for entry in fields(Settings):
         spellings = dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"])
         help_text = entry.metadata["help"].replace("%", "%%")
-        default = "" if entry.default in (None, "") else f"default {default_text(entry.default)}, "
+        default = f"default {default_text(entry.default)}, " if default_text(entry.default) else ""
         parser.add_argument(
             *spellings,
             dest=entry.name,
+            action="append" if types[entry.name] == tuple[str, ...] else "store",
             metavar=entry.name.rsplit("_", 1)[-1].upper(),
             help=f"{help_text} ({default}environment {environment_variable(entry.name)})",
         )

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serving import STOP_SIGNALS
+from serving.cores import Cores
+from serving.cpus import available_cpus
 from serving.dataplane import DataPlane
 from serving.errors import BadSetting, DrainCut
+from serving.local_model import Shared
 from serving.metrics import Metrics
-from serving.models import make_model
+from serving.models import load, make_models
 from serving.repository import Repository
 from serving.settings import Settings
 from serving.shared_weights import forget_shared_models
 from serving.sockets import Inherited, bind_http, inherited
+from serving.threads import Threads
 from serving.transports.grpc_health import HealthService
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_reflection import ReflectionService
@@ -37,16 +41,17 @@ def run(settings: Settings) -> None:
     # Bound at once: that a port is in use is known before a model is loaded.
     sockets = supervised.http if supervised else bind_http(settings.host, settings.http_port)
     http = HttpServer(sockets, settings, shared=supervised is not None)
-    model = make_model(settings)
-    model.load()
     metrics = Metrics()
-    dataplane = DataPlane(Repository([model], metrics, settings.enable_model_repository), settings, metrics)
+    threads = Threads(settings.max_asyncio_workers or settings.threads or available_cpus())
+    models = make_models(settings, Shared(threads, Cores(), metrics))
+    load(models)
+    repository = Repository(models, metrics, settings.enable_model_repository)
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(_serve(http, dataplane, settings, supervised))
+            runner.run(_serve(http, DataPlane(repository, settings, metrics), settings, supervised))
     finally:
-        dataplane.close()
-        dataplane.repository.close()
+        threads.close()
+        repository.close()
 
 
 async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, supervised: Inherited | None) -> None:

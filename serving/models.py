@@ -1,16 +1,18 @@
-"""A model: where it is found, which predictor serves it, and whether that is loaded."""
+"""Which models there are: their names, where each lies, which predictor serves it and on which engine."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from serving.errors import ModelMissing, ModelNotReady, PredictorBroken, StartError, one_line
-from serving.logs import banner
+from serving.errors import BadSetting, PredictorBroken, StartError, one_line
+from serving.local_model import LocalModel, Shared
+from serving.model import Model
 from serving.predictor import Predictor
-from serving.settings import Settings
+from serving.settings import DEFAULT_PREDICTOR, Settings
 from serving.storage import MOUNTED, model_of
 
 logger = logging.getLogger(__name__)
@@ -18,68 +20,62 @@ logger = logging.getLogger(__name__)
 MODEL_PLACES = (MOUNTED, Path(__file__).parent.parent / "model")
 
 
-class Model:
-    """A predictor under the name that clients use: a fresh one at each load, ready once that has succeeded.
+def make_models(settings: Settings, shared: Shared) -> list[Model]:
+    """The models of the settings, not loaded yet. Raises StartError."""
+    places = _places(settings)
+    predictors = _predictors(settings.predictor, places)
+    return [
+        LocalModel(predictors[name], replace(settings, model_name=name), place, shared)
+        for name, place in places.items()
+    ]
 
-    A request keeps the predictor that it began with, so what an unload frees is free when the last of them is answered.
-    """
 
-    def __init__(self, name: str, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
-        self.name = name
-        self._class = predictor_class
-        self._arguments = (settings, model_dir)
-        self._loaded: Predictor | None = None
-        self._changing = threading.Lock()
-
-    @property
-    def ready(self) -> bool:
-        return self._loaded is not None
-
-    @property
-    def state(self) -> str:
-        """As the index of Triton's model repository says it."""
-        return "READY" if self.ready else "UNAVAILABLE"
-
-    @property
-    def described(self) -> Predictor | type[Predictor]:
-        """For the metadata: of a model that is not loaded, what its class says."""
-        return self._loaded or self._class
-
-    @property
-    def predictor(self) -> Predictor:
-        """Raises ModelNotReady."""
-        if self._loaded is None:
-            raise ModelNotReady(self.name)
-        return self._loaded
-
-    def load(self) -> None:
-        """Takes seconds; nothing, where the model is loaded already. Raises StartError."""
-        with self._changing:
-            self._loaded = self._loaded or self._load()
-
-    def unload(self) -> None:
-        with self._changing:
-            self._loaded = None
-
-    def _load(self) -> Predictor:
+def load(models: Sequence[Model]) -> None:
+    """One after the other. One of several may fail, and is not ready then. Raises StartError where none can be had."""
+    failures: dict[str, StartError] = {}
+    for model in models:
         try:
-            predictor = self._class(*self._arguments)
-            predictor.load()
-        except StartError:
-            raise
-        except Exception as error:
-            raise PredictorBroken(
-                f"{self._class.__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
-            ) from error
-        if predictor.warning:
-            for line in banner(f"{self.name}: {predictor.warning}"):
-                logger.warning(line)
-        return predictor
+            model.load()
+        except StartError as error:
+            failures[model.name] = error
+    if len(failures) == len(models):
+        raise next(iter(failures.values()))
+    for name, failure in failures.items():
+        logger.error("%s is NOT SERVED, the others are: %s", name, failure)
 
 
-def make_model(settings: Settings) -> Model:
-    """The model of the settings, not loaded yet. Raises StartError."""
-    return Model(settings.model_name, _predictor_class(settings.predictor), settings, _model_dir(settings))
+def _places(settings: Settings) -> dict[str, Path | None]:
+    """Where each model lies."""
+    if not settings.model:
+        place = _model_dir(settings)
+        return dict(_models_in(place)) if place and _models_in(place) else {settings.model_name: place}
+    places: dict[str, Path | None] = {}
+    for text in settings.model:
+        name, _, directory = text.partition("=")
+        if name in places:
+            raise BadSetting(f"--model names {name} twice")
+        places[name] = Path(directory) if directory else None
+    return places
+
+
+def _models_in(place: Path) -> dict[str, Path]:
+    """Of a directory with nothing but directories, those that hold an exported model."""
+    if not place.is_dir() or not all(entry.is_dir() for entry in place.iterdir()):
+        return {}
+    return {entry.name: entry for entry in sorted(place.iterdir()) if any(entry.glob("*.onnx"))}
+
+
+def _model_dir(settings: Settings) -> Path | None:
+    found = (place for place in MODEL_PLACES if place.exists())
+    return settings.model_dir or model_of(settings) or next(found, None)
+
+
+def _predictors(texts: Sequence[str], places: Mapping[str, Path | None]) -> dict[str, type[Predictor]]:
+    """The predictor of each model: the one with its name before, or else the one without a name."""
+    paths = {name: path for name, _, path in (text.rpartition("=") for text in texts)}
+    if unknown := paths.keys() - {"", *places}:
+        raise BadSetting(f"--predictor names {min(unknown)}, which is no model: there are {', '.join(places)}")
+    return {name: _predictor_class(paths.get(name) or paths.get("") or DEFAULT_PREDICTOR) for name in places}
 
 
 def _predictor_class(path: str) -> type[Predictor]:
@@ -93,11 +89,3 @@ def _predictor_class(path: str) -> type[Predictor]:
     if not (isinstance(found, type) and issubclass(found, Predictor)):
         raise PredictorBroken(f"--predictor={path} is no subclass of serving.predictor.Predictor")
     return found
-
-
-def _model_dir(settings: Settings) -> Path | None:
-    if settings.model_dir is None:
-        return model_of(settings) or next((place for place in MODEL_PLACES if place.exists()), None)
-    if not settings.model_dir.exists():
-        raise ModelMissing(f"--model_dir={settings.model_dir} does not exist")
-    return settings.model_dir

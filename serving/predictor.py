@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,21 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict)
     model_name: str = ""
     id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What clients are told of a predictor, loaded or not: its class attributes of the same names."""
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    platform: str
+    warning: str
+    example: Sequence[Any]
+
+    @classmethod
+    def of(cls, predictor: Predictor | type[Predictor]) -> Description:
+        return cls(*(getattr(predictor, entry.name) for entry in fields(cls)))
 
 
 class Predictor(ABC):

@@ -10,8 +10,7 @@ from functools import partial
 
 from serving.errors import LoadFailed, ModelNotFound, NotSupported, Overloaded, StartError
 from serving.metrics import Metrics
-from serving.models import Model
-from serving.predictor import Predictor
+from serving.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,8 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """Whether an inference would be answered now, of whichever model."""
-        return not self.draining and all(model.ready for model in self)
+        """Whether an inference would be answered now, of one model at least: each tells of itself besides."""
+        return not self.draining and any(model.ready for model in self)
 
     def get(self, name: str) -> Model:
         """Raises ModelNotFound."""
@@ -55,9 +54,11 @@ class Repository:
         except KeyError:
             raise ModelNotFound(name) from None
 
-    def predictor(self, name: str) -> Predictor:
-        """That of a loaded model. Raises ModelNotFound and ModelNotReady."""
-        return self.get(name).predictor
+    def get_ready(self, name: str) -> Model:
+        """Raises ModelNotFound and ModelNotReady."""
+        model = self.get(name)
+        model.check_ready()
+        return model
 
     def index(self, only_ready: bool) -> list[Model]:
         """Raises NotSupported."""
@@ -66,11 +67,11 @@ class Repository:
 
     async def load(self, name: str) -> None:
         """Load the model from where the settings say. Raises NotSupported, ModelNotFound, LoadFailed and Overloaded."""
-        await self._change(name, Model.load)
+        await self._change(name, lambda model: model.load())
 
     async def unload(self, name: str) -> None:
         """Give the model's memory back, once its requests under way are answered. Raises what `load` raises."""
-        await self._change(name, Model.unload)
+        await self._change(name, lambda model: model.unload())
 
     def drain(self) -> None:
         """From now on not ready, whatever is answered yet."""
@@ -78,6 +79,8 @@ class Repository:
         self._announce()
 
     def close(self) -> None:
+        for model in self:
+            model.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _check_may_change(self) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 MIB = 1024 * 1024
 
-Check = Callable[[Any], str | None]
+DEFAULT_PREDICTOR = "serving.classifier:Classifier"
+
+Check = Callable[[Any], str | None]  # of one value, of several each
 
 
 def _between(low: float, high: float) -> Check:
@@ -52,7 +54,14 @@ class Settings:
         _matches(r"[^/:\s]+", "a name without slash, colon or blank"),
     )
     model_dir: Path | None = _setting(
-        None, "directory of the exported model, or its .onnx file; else /mnt/models, else model/ beside app.py"
+        None,
+        "directory of the exported model, or its .onnx file, or a directory of such directories, each a model by its "
+        "name; else /mnt/models, else model/ beside app.py",
+    )
+    model: tuple[str, ...] = _setting(
+        (),
+        "NAME=DIR, one model of several; repeated, or separated by commas; in place of --model_name and --model_dir",
+        _matches(r"[^/:\s=]+=.*", "NAME=DIR, the name without slash, colon or blank"),
     )
     storage_uri: str = _setting(
         "",
@@ -62,10 +71,11 @@ class Settings:
     storage_cache_dir: Path | None = _setting(
         None, "directory that downloads are kept in for the next start; else model-server in the user's cache"
     )
-    predictor: str = _setting(
-        "serving.classifier:Classifier",
-        "class that turns requests into rows and predictions into answers, as module:Class",
-        _matches(r"[\w.]+:\w+", "module:Class"),
+    predictor: tuple[str, ...] = _setting(
+        (DEFAULT_PREDICTOR,),
+        "class that turns requests into rows and predictions into answers, as module:Class; as NAME=module:Class that "
+        "of one of several models; repeated, or separated by commas",
+        _matches(r"([^=]+=)?[\w.]+:\w+", "module:Class, or NAME=module:Class"),
     )
     host: str = _setting("", "address to listen on; empty means every interface, IPv4 and IPv6")
     http_port: int = _setting(8080, "port of REST; 0 takes a free one; PORT in the environment is the default", _port)
@@ -153,7 +163,7 @@ class Settings:
     )
     max_instances: int = _setting(128, "most rows in one request; more are answered 413", _positive)
     max_concurrent_requests: int = _setting(
-        256, "most inference requests under way at once; one more is answered 503 at once", _positive
+        256, "most inference requests of a model under way at once; one more is answered 503 at once", _positive
     )
     timeout_keep_alive: int = _setting(
         65, "seconds that an idle HTTP connection stays open; keep it above the idle timeout of the proxy in front",

@@ -31,8 +31,8 @@ PROGRESS_SECONDS = 5.0
 
 
 def model_of(settings: Settings) -> Path | None:
-    """What --storage_uri means, fetched; None without it or with --model_dir. Raises as `fetch` does."""
-    if settings.model_dir or not settings.storage_uri:
+    """What --storage_uri means, fetched; None without it, with --model_dir or --model. Raises as `fetch` does."""
+    if settings.model or settings.model_dir or not settings.storage_uri:
         return None
     return fetch(settings.storage_uri, settings.storage_cache_dir)
 

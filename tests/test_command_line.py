@@ -25,6 +25,7 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
     text, other = {
         "model_name": ("a", "b"),
         "model_dir": ("/a", "/b"),
+        "model": ("a=/a,b=/b", "c="),
         "predictor": ("a:B", "b:C"),
         "host": ("127.0.0.1", "::1"),
         "device": ("cpu", "cuda"),
@@ -36,6 +37,15 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
     assert parse_settings([], {environment_variable(name): text}) == parse_settings([f"--{name}={text}"], {})
     assert parse_settings([f"--{name}={other}"], {environment_variable(name): text}) == parse_settings(
         [f"--{name}={other}"], {}
+    )
+
+
+def test_what_may_be_several_is_repeated_or_separated_by_commas() -> None:
+    assert (
+        parse_settings(["--model=a=/a", "--model", "b=/b"], {})
+        == parse_settings(["--model=a=/a,b=/b"], {})
+        == parse_settings([], {"SERVING_MODEL": "a=/a,b=/b"})
+        == Settings(model=("a=/a", "b=/b"))
     )
 
 
@@ -185,7 +195,8 @@ def test_the_model_dir_is_a_path() -> None:
         (["--access_log_format=%(h"], {}, "--access_log_format must be a format for %: incomplete format key, not %(h"),
         (["--device=gpu"], {}, "--device must be one of auto, cpu, cuda, not gpu"),
         (["--model_name=a/b"], {}, "--model_name must be a name without slash, colon or blank, not a/b"),
-        (["--predictor=iris"], {}, "--predictor must be module:Class, not iris"),
+        (["--predictor=iris"], {}, "--predictor must be module:Class, or NAME=module:Class, not iris"),
+        (["--model=a=/a", "--model=b"], {}, "--model must be NAME=DIR, the name without slash, colon or blank, not b"),
         (["--max_instances=0"], {}, "--max_instances must lie between 1 and 2147483647, not 0"),
         (
             ["--workers=2", "--enable_model_repository=true"],

@@ -17,10 +17,14 @@ FLOORS = {
     "serving.supervisor": 8,
     "serving.transports": 7,
     "serving.dataplane": 6,
+    "serving.models": 6,
+    "serving.local_model": 5,
     "serving.repository": 5,
-    "serving.models": 4,
+    "serving.model": 4,
     "serving.classifier": 4,
     "serving.batching": 4,
+    "serving.latency": 3,
+    "serving.threads": 3,
     "serving.predictor": 3,
     "serving.command_line": 2,
     "serving.engine": 2,
@@ -28,6 +32,7 @@ FLOORS = {
     "serving.logs": 2,
     "serving.model_card": 2,
     "serving.tensors": 2,
+    "serving.cores": 1,
     "serving.cpus": 1,
     "serving.errors": 1,
     "serving.metrics": 1,
@@ -47,7 +52,7 @@ NEIGHBOURS = {
     ("proto", "proto"),
 }
 LONGEST_FILE_LINES = 250
-MOST_LINES = 3600
+MOST_LINES = 3800
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     *(tokenize.ENCODING, tokenize.ENDMARKER),

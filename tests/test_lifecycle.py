@@ -219,7 +219,7 @@ def test_a_port_in_use_ends_the_start_with_its_code_and_one_line(flag: str) -> N
     ("flags", "code", "problem"),
     [
         (["--no_such_flag"], 2, "app.py: unrecognized arguments: --no_such_flag (--help lists the flags)"),
-        (["--model_dir=/no/such/folder"], 4, "app.py: --model_dir=/no/such/folder does not exist"),
+        (["--model_dir=/no/such/folder"], 4, "app.py: /no/such/folder, where custom-model should be, does n"),
         (["--model_dir=tests"], 4, "app.py: tests must hold exactly one .onnx file, and holds none: see --model_dir"),
         (["--model_dir=README.md"], 5, "app.py: README.md cannot be loaded ("),
         (["--predictor=no.such.module:Class"], 7, "app.py: --predictor=no.such.module:Class cannot be imported: Mod"),

@@ -103,6 +103,15 @@ def test_the_predictor_of_ones_own_serves_both_protocols(tmp_path: Path) -> None
     assert answer == blocks("json")[1].strip()
 
 
+def test_several_models_are_served_by_one_process(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "iris.py").write_text(blocks("python")[0])
+    line = command(".venv/bin/python app.py --model=pictures").replace("=model,", f"={model_dir},")
+
+    with running(*shlex.split(line)[2:], environment={**os.environ, "PYTHONPATH": str(tmp_path)}) as server:
+        assert server.get("/v2/models").json() == {"models": ["pictures", "iris"]}
+        assert run(command("curl localhost:8080/v1/models/iris"), server) == blocks("json")[1].strip()
+
+
 def test_the_class_of_ones_own_has_about_ten_lines() -> None:
     assert len(blocks("python")[0].strip().splitlines()) <= 14
 
@@ -115,6 +124,7 @@ def test_every_other_command_is_run_by_ci() -> None:
         "python3 clients/make_input.py",
         ".venv/bin/python -m clients",
         ".venv/bin/python app.py --model_name=iris",
+        ".venv/bin/python app.py --model=pictures",
     ]
     ran_by_ci = (PROJECT / ".ci/run").read_text().splitlines()
 
@@ -147,7 +157,6 @@ def test_every_manifest_is_told_of() -> None:
 def test_the_rest_table_has_every_route_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
     found = [route for room in ROOMS for route in room.routes(dataplane)]
-    dataplane.close()
 
     shown = {row[0] for row in table("\n## What it answers\n\n")}
     assert shown == {f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in found if route.methods}
@@ -156,7 +165,6 @@ def test_the_rest_table_has_every_route_of_the_server() -> None:
 def test_the_grpc_table_has_every_method_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
-    dataplane.close()
 
     shown = {name for row in table("as KServe's V1 clients ask it |\n\n") for name in row[0].split(", ")}
     assert shown == methods

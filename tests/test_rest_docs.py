@@ -56,7 +56,6 @@ def test_the_document_is_there_and_the_page_is_not_unless_it_is_wished_for(serve
 def test_the_document_has_every_route_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
     routes = [route for room in ROOMS for route in room.routes(dataplane)]
-    dataplane.close()
 
     found = {("post" if "POST" in (route.methods or ()) else "get", route.path) for route in routes}
     assert found == set(OPERATIONS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import betterproto2
@@ -29,8 +30,20 @@ class Service:
 
 def parse(message_class: type[M], message: bytes) -> M:
     """Raises InvalidInput."""
-    try:
+    with _refused(message_class):
         return wire.decode(message_class, message)
+
+
+def parse_text(message_class: type[M], message: bytes, number: int) -> str:
+    """The one field, for where the whole may take too long. Raises InvalidInput."""
+    with _refused(message_class):
+        return wire.first_text(message, number)
+
+
+@contextmanager
+def _refused(message_class: type[M]) -> Iterator[None]:
+    try:
+        yield
     except wire.DecodeError as error:
         raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
 

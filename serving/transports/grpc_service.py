@@ -8,9 +8,10 @@ from serving.dataplane import DataPlane
 from serving.errors import InvalidInput
 from serving.predictor import Request, RequestedOutput, Response
 from serving.tensors import Tensor, TensorSpec, raw_of_tensor, tensor_of_raw, tensor_of_values
-from serving.transports.grpc_messages import Metadata, Service, parse
+from serving.transports.grpc_messages import Metadata, Service, parse, parse_text
 
 SERVICE = "inference.GRPCInferenceService"
+MODEL_NAME = 1  # the number of the field in ModelInferRequest
 
 # The field of InferTensorContents that carries a datatype. FP16 has none: it travels raw.
 CONTENTS = {
@@ -81,8 +82,9 @@ class InferenceService(Service):
     async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
         with self._dataplane.counted("grpc"):
             self._dataplane.metrics.received("grpc", len(message))
-            exchange = _Exchange(message, metadata)
-            answer = await self._dataplane.infer(exchange.decode, exchange.encode)
+            name = parse_text(pb.ModelInferRequest, message, MODEL_NAME)
+            exchange = _Exchange(name, message, metadata)
+            answer = await self._dataplane.infer(name, exchange.decode, exchange.encode)
             self._dataplane.metrics.sent("grpc", len(answer))
             return answer
 
@@ -108,7 +110,8 @@ class InferenceService(Service):
 class _Exchange:
     """One ModelInfer: the response is typed or raw as the request was, which KServe's clients rely on."""
 
-    def __init__(self, message: bytes, metadata: Metadata) -> None:
+    def __init__(self, model_name: str, message: bytes, metadata: Metadata) -> None:
+        self._model_name = model_name
         self._message = message
         self._metadata = metadata
         self._raw = False
@@ -123,12 +126,12 @@ class _Exchange:
         elif len(raw_contents) != len(message.inputs):
             raise InvalidInput(
                 f"the number of inputs ({len(message.inputs)}) does not match the expected number of raw input "
-                f"contents ({len(raw_contents)}) for model '{message.model_name}'."
+                f"contents ({len(raw_contents)}) for model '{self._model_name}'."
             )
         else:
             inputs = [_raw(tensor, raw) for tensor, raw in zip(message.inputs, raw_contents, strict=True)]
         outputs = tuple(_requested(output) for output in message.outputs)
-        return Request(message.model_name, tuple(inputs), message.id, outputs, headers=self._metadata)
+        return Request(self._model_name, tuple(inputs), message.id, outputs, headers=self._metadata)
 
     def encode(self, response: Response) -> bytes:
         message = pb.ModelInferResponse(model_name=response.model_name, id=response.id)

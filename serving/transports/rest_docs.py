@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from serving import __version__
 from serving.dataplane import DataPlane
-from serving.models import Model
+from serving.model import Model
 from serving.settings import Settings
 from serving.tensors import Tensor
 from serving.transports.rest_json import dump_json

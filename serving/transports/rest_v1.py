@@ -18,22 +18,22 @@ def routes(dataplane: DataPlane) -> list[Route]:
 
     async def model(request: HttpRequest) -> HttpResponse:
         name = request.path_params["model"]
-        dataplane.repository.predictor(name)
+        dataplane.repository.get_ready(name)
         return json_response({"name": name, "ready": True})
 
     async def predict(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v1"):
             name = request.path_params["model"]
-            dataplane.repository.predictor(name)
+            dataplane.repository.get_ready(name)
             kind = body_type(request.headers, images=True)
             body = await read_inference(request, dataplane.metrics, "v1")
             exchange = PredictExchange(name, dict(request.headers), kind, body, dataplane.settings)
-            answer, headers = await dataplane.infer(exchange.decode, exchange.encode)
+            answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v1", len(answer))
             return HttpResponse(answer, headers=headers)
 
     async def explain(request: HttpRequest) -> HttpResponse:
-        dataplane.repository.predictor(request.path_params["model"])
+        dataplane.repository.get_ready(request.path_params["model"])
         raise NotSupported("Could not find explainer_host.")  # KServe's words for a model without an explainer
 
     return [

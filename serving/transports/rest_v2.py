@@ -41,18 +41,18 @@ def routes(dataplane: DataPlane) -> list[Route]:
 
     async def ready(request: HttpRequest) -> HttpResponse:
         name = request.path_params["model"]
-        dataplane.repository.predictor(name)
+        dataplane.repository.get_ready(name)
         return json_response({"name": name, "ready": True})
 
     async def infer(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v2"):
             name = request.path_params["model"]
-            dataplane.repository.predictor(name)
+            dataplane.repository.get_ready(name)
             if LENGTH_HEADER not in request.headers:
                 body_type(request.headers)  # JSON, or refused; with that header it is what the header says
             body = await read_inference(request, dataplane.metrics, "v2")
             exchange = InferExchange(name, dict(request.headers), body)
-            answer, headers = await dataplane.infer(exchange.decode, exchange.encode)
+            answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v2", len(answer))
             return HttpResponse(answer, headers=headers)
 

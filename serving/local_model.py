@@ -1,0 +1,160 @@
+"""A model in this process: its predictor, and one request's way through the four handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from serving.batching import Batcher
+from serving.cores import Cores
+from serving.errors import InvalidInput, ModelMissing, ModelNotReady, PredictorBroken, StartError, TooLarge, one_line
+from serving.latency import Latency
+from serving.logs import banner
+from serving.metrics import Metrics
+from serving.model import Model
+from serving.predictor import Description, Predictor, Request, Response, Rows
+from serving.settings import Settings
+from serving.threads import Threads
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TURNS = 2  # batches: one that runs, and one that is made ready
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the models of one process share; whoever makes it closes the threads."""
+
+    threads: Threads
+    cores: Cores
+    metrics: Metrics
+
+
+class LocalModel(Model):
+    """A fresh predictor at each load, ready once that has succeeded.
+
+    A request keeps the predictor that it began with, so what an unload frees is free when the last of them is answered.
+    """
+
+    def __init__(
+        self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, shared: Shared
+    ) -> None:
+        """Named as `settings` say."""
+        super().__init__(settings.model_name)
+        self._class = predictor_class
+        self._settings = settings
+        self._model_dir = model_dir
+        self._loaded: Predictor | None = None
+        self._changing = threading.Lock()
+        self._threads, self._cores, self._metrics = shared.threads, shared.cores, shared.metrics
+        # Decoded further ahead, rows would only fill memory: 0.6 MB for each picture.
+        self._turns = asyncio.Semaphore(TURNS * settings.max_batch_size)
+        self._batcher = Batcher(
+            self.name, shared.cores, shared.metrics, settings.max_batch_size, settings.max_batch_delay_ms
+        )
+
+    @property
+    def ready(self) -> bool:
+        return self._loaded is not None
+
+    @property
+    def described(self) -> Description:
+        """Of a model that is not loaded, what its class says."""
+        return Description.of(self._loaded or self._class)
+
+    def load(self) -> None:
+        with self._changing:
+            self._loaded = self._loaded or self._load()
+
+    def unload(self) -> None:
+        with self._changing:
+            self._loaded = None
+
+    async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T], latency: Latency) -> T:
+        with self._metrics.stage("turn"):
+            await self._turns.acquire()
+        try:
+            with self._batcher.coming():
+                predictor, request, rows = await self._threads.decode(partial(self._prepare, decode, latency))
+                queued = self._batcher.queue(predictor, rows)
+            with self._metrics.at_model.track_inprogress():
+                predicted = await queued
+        finally:
+            self._turns.release()
+        latency.seconds["predict"] = predicted.run_seconds
+        return await self._threads.encode(partial(self._answer, predictor, request, predicted.rows, encode, latency))
+
+    def close(self) -> None:
+        self._batcher.close()
+
+    def _load(self) -> Predictor:
+        if self._model_dir and not self._model_dir.exists():
+            raise ModelMissing(f"{self._model_dir}, where {self.name} should be, does not exist: see --model_dir")
+        try:
+            predictor = self._class(self._settings, self._model_dir)
+            predictor.load()
+        except StartError:
+            raise
+        except Exception as error:
+            raise PredictorBroken(
+                f"{self._class.__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
+            ) from error
+        if predictor.warning:
+            for line in banner(f"{self.name}: {predictor.warning}"):
+                logger.warning(line)
+        return predictor
+
+    def _prepare(self, decode: Callable[[], Request], latency: Latency) -> tuple[Predictor, Request, Rows]:
+        self._cores.await_free()
+        with self._metrics.stage("decode"):
+            request = decode()
+            predictor = self._loaded
+            if predictor is None:
+                raise ModelNotReady(self.name)
+            if request.rows == 0:
+                raise InvalidInput("the request has no instances")
+            if request.rows > self._settings.max_instances:
+                raise TooLarge(f"{request.rows} instances exceed max_instances ({self._settings.max_instances})")
+            if predictor.outputs:
+                _check_outputs(request, {spec.name for spec in predictor.outputs})
+            request = replace(request, id=request.id or str(uuid.uuid4()))
+            with latency.of("preprocess", self.name):
+                rows = predictor.preprocess(request)
+            sizes = {len(array) for array in rows.values()}
+            if len(sizes) != 1:
+                raise ValueError(f"preprocess must give arrays with as many rows in each, and gave {sizes or 'none'}")
+            return predictor, request, rows
+
+    def _answer(
+        self,
+        predictor: Predictor,
+        request: Request,
+        predictions: Rows,
+        encode: Callable[[Response], T],
+        latency: Latency,
+    ) -> T:
+        with self._metrics.stage("encode"):
+            with latency.of("postprocess", self.name):
+                response = predictor.postprocess(predictions, request)
+            outputs = {tensor.name: tensor for tensor in response.outputs}
+            _check_outputs(request, outputs.keys())
+            chosen = [outputs[output.name] for output in request.outputs] or response.outputs
+            return encode(replace(response, outputs=chosen, model_name=self.name, id=request.id))
+
+
+def _check_outputs(request: Request, offered: Set[str]) -> None:
+    names = [output.name for output in request.outputs]
+    for name in names:
+        if name not in offered:
+            raise InvalidInput(f"Unexpected inference output '{name}' for model '{request.model_name}'")
+    if len(names) != len(set(names)):
+        raise InvalidInput("an output is requested twice")
