@@ -23,14 +23,16 @@ RUN python -m model_export --arch "$ARCH" --weights "$WEIGHTS" --precision "$PRE
 
 FROM base AS install
 WORKDIR /install
-COPY requirements-base.txt requirements.txt requirements-gpu.txt requirements-storage.txt ./
-# cpu, or gpu for CUDA; and true for a server that downloads models itself, with --storage_uri.
+COPY requirements-base.txt requirements.txt requirements-gpu.txt requirements-storage.txt requirements-ray.txt ./
+# cpu, or gpu for CUDA; true for a server that downloads models itself, with --storage_uri; true for --engine=ray.
 ARG DEVICE=cpu
 ARG STORAGE=false
+ARG RAY=false
 RUN python -m venv --without-pip /opt/venv \
   && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
     --requirement "$(test "$DEVICE" = gpu && echo requirements-gpu.txt || echo requirements.txt)" \
-    $(test "$STORAGE" = true && echo --requirement requirements-storage.txt)
+    $(test "$STORAGE" = true && echo --requirement requirements-storage.txt) \
+    $(test "$RAY" = true && echo --requirement requirements-ray.txt)
 # Off with what is never loaded: a second copy of ONNX Runtime, and what its, numpy's and Swagger's
 # developers need. Nobody edits these files, so their compiled forms need no times.
 RUN cd /opt/venv/lib/python3.11/site-packages \

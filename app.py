@@ -8,7 +8,7 @@ from types import FrameType
 
 from serving import NAME, STOP_SIGNALS
 from serving.command_line import parse_settings
-from serving.errors import DrainCut, StartError
+from serving.errors import DrainCut, EngineLost, StartError
 from serving.logs import configure_logging
 
 
@@ -28,7 +28,7 @@ def main() -> int:
         lifecycle.run(settings)
     except StartError as error:
         sys.stderr.write(f"app.py: {error}\n")
-        if isinstance(error, DrainCut):  # a thread may never come back: do not wait for it
+        if isinstance(error, DrainCut | EngineLost):  # a thread, or Ray, may never come back: do not wait for it
             logging.shutdown()
             os._exit(error.exit_code)
         return error.exit_code

@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -73,6 +74,9 @@ def _round(model_dir: Path, wanted: list[Payload], arguments: argparse.Namespace
             yield from points(subject, payload, payload.name)
     with serving(model_dir, f"--workers={available_cpus()}") as subject:
         yield from points(subject, wanted[0], f"{wanted[0].name}, {available_cpus()} workers")
+    if find_spec("ray"):
+        with serving(model_dir, "--engine=ray", f"--num_replicas={available_cpus()}") as subject:
+            yield from points(subject, wanted[0], f"{wanted[0].name}, {available_cpus()} replicas on Ray")
     if baseline := os.environ.get("BENCH_BASELINE"):
         *command, url = shlex.split(baseline)
         with started(command, url) as subject:

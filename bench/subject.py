@@ -32,12 +32,15 @@ class Subject:
 
     @property
     def process_ids(self) -> list[int]:
-        """Its own, and those of its workers."""
-        return [self.process_id, *children(self.process_id)]
+        """Its own, and those of its workers and their children."""
+        found, new = [], [self.process_id]
+        while new:
+            found += new
+            new = [child for one in new for child in children(one)]
+        return found
 
     def cpu_seconds(self) -> float:
-        fields = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in self.process_ids]
-        return sum(int(field[11]) + int(field[12]) for field in fields) / TICKS
+        return sum(_cpu_seconds(one) for one in self.process_ids)
 
     def settle(self) -> None:
         """Wait until it works no more: on what clients asked who have left, it may go on for a while."""
@@ -56,7 +59,16 @@ class Subject:
 
 
 def children(process_id: int) -> list[int]:
-    return [int(one) for one in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+    files = Path(f"/proc/{process_id}/task").glob("*/children")
+    return [int(one) for file in files for one in file.read_text().split()]
+
+
+def _cpu_seconds(process_id: int) -> float:
+    try:
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:  # it has ended: the count goes on without
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def memory_mib(process_id: int, kind: str) -> float:

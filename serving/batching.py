@@ -165,7 +165,7 @@ class Batcher:
                     others.append(waiting)
             self._queue = others
         for waiting in batch:
-            self._metrics.queued(waiting.since)
+            self._metrics.staged("queue", time.perf_counter() - waiting.since)
         if batch:
             self._metrics.batch(self._model_name, "full" if others or free <= 0 else reason)
         return batch

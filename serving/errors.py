@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copyreg
+from typing import Any, ClassVar
 
 LONGEST_TEXT_CHARACTERS = 300
 
@@ -22,6 +23,10 @@ class ServingError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(text[:LONGEST_TEXT_CHARACTERS])  # a name in it may be the client's, and of any length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes: the text has been made already."""
+        return copyreg.__newobj__, (type(self), str(self))  # type: ignore[attr-defined]
 
 
 class InvalidInput(ServingError):
@@ -96,6 +101,18 @@ class ModelNotReady(ServingError):
         super().__init__(f"Model with name {name} is not ready.")
 
 
+class ReplicaLost(ServingError):
+    """What the model runs on went away with the request in it. Raised by ray_engine."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    outcome = "rejected"
+    retry = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Model with name {name} lost the replica that was to answer; try again.")
+
+
 class LoadFailed(ServingError):
     """The model cannot be loaded: the log says why, the client is not told. Raised by repository."""
 
@@ -119,9 +136,9 @@ class Overloaded(ServingError):
         super().__init__("The server is at its limit of concurrent requests; try again.")
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's text for a line of somebody else's: libraries write whole paragraphs."""
-    return " ".join(str(error).split())
+def one_line(text: object) -> str:
+    """An exception, or somebody else's text, for a line of ours: libraries write whole paragraphs."""
+    return " ".join(str(text).split())
 
 
 class StartError(Exception):
@@ -164,6 +181,18 @@ class PredictorBroken(StartError):
     """--predictor cannot be imported, or fails to load its model."""
 
     exit_code = 7
+
+
+class EngineMissing(StartError):
+    """--engine=ray, but Ray cannot be had, or cannot run the model."""
+
+    exit_code = 10
+
+
+class EngineLost(StartError):
+    """Ray's head went away; what was accepted has been answered."""
+
+    exit_code = 11
 
 
 class DrainCut(StartError):

@@ -7,14 +7,15 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from serving import STOP_SIGNALS
 from serving.cores import Cores
 from serving.cpus import available_cpus
 from serving.dataplane import DataPlane
-from serving.errors import BadSetting, DrainCut
+from serving.errors import BadSetting, DrainCut, EngineLost
 from serving.local_model import Shared
 from serving.metrics import Metrics
 from serving.models import load, make_models
@@ -41,14 +42,20 @@ def run(settings: Settings) -> None:
     # Bound at once: that a port is in use is known before a model is loaded.
     sockets = supervised.http if supervised else bind_http(settings.host, settings.http_port)
     http = HttpServer(sockets, settings, shared=supervised is not None)
+    with loaded(settings) as dataplane, asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(_serve(http, dataplane, settings, supervised))
+
+
+@contextmanager
+def loaded(settings: Settings) -> Iterator[DataPlane]:
+    """All below the transports, the models loaded. Raises StartError."""
     metrics = Metrics()
     threads = Threads(settings.max_asyncio_workers or settings.threads or available_cpus())
     models = make_models(settings, Shared(threads, Cores(), metrics))
     load(models)
     repository = Repository(models, metrics, settings.enable_model_repository)
     try:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(_serve(http, DataPlane(repository, settings, metrics), settings, supervised))
+        yield DataPlane(repository, settings, metrics)
     finally:
         threads.close()
         repository.close()
@@ -74,6 +81,7 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, sup
     if supervised:
         _report(supervised.supervisor, stop)
     async with asyncio.TaskGroup() as tasks:
+        watch = tasks.create_task(_watch(dataplane.repository, stop))
         listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, settings), stop))]
         if grpc:
             listeners.append(tasks.create_task(grpc.serve(stop)))
@@ -82,11 +90,24 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, sup
         logger.info("stopping: %d requests to answer", dataplane.under_way)
         _, late = await asyncio.wait(listeners, timeout=settings.grace_period_seconds)
         unanswered = dataplane.under_way  # counted before the cancellation counts them out
-        for listener in late:
-            listener.cancel()
+        for task in (*late, watch):
+            task.cancel()
     if unanswered:
         raise DrainCut(f"stopped with {unanswered} requests unanswered: see --grace_period_seconds")
+    if not watch.cancelled() and (lost := watch.result()):
+        raise lost
     logger.info("stopped")
+
+
+async def _watch(repository: Repository, stop: asyncio.Event) -> EngineLost | None:
+    """Until it is cancelled, or an engine is lost: then all stops."""
+    lost = None
+    try:
+        await repository.watch()
+    except* EngineLost as group:
+        lost = next(error for error in group.exceptions if isinstance(error, EngineLost))
+        stop.set()
+    return lost
 
 
 def _report(supervisor: socket.socket, stop: asyncio.Event) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -24,6 +26,10 @@ HANDLERS = {
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own; set by the supervisor for its workers
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+MOST_MEASURED = 10_000
+
+Measured = tuple[str, tuple[Any, ...]]
+"""A method of Metrics and its arguments."""
 
 
 class Metrics:
@@ -103,12 +109,15 @@ class Metrics:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        with self._stages.labels(name).time():
+        started_at = time.perf_counter()
+        try:
             yield
+        finally:
+            self.staged(name, time.perf_counter() - started_at)
 
-    def queued(self, since: float) -> None:
-        """One request has waited for the model since then, a time.perf_counter()."""
-        self._stages.labels("queue").observe(time.perf_counter() - since)
+    def staged(self, name: str, seconds: float) -> None:
+        """One request has spent so long there."""
+        self._stages.labels(name).observe(seconds)
 
     def batch(self, model_name: str, reason: str) -> None:
         """A batch was put together, for that reason."""
@@ -119,7 +128,7 @@ class Metrics:
 
     def inferred(self, model_name: str, seconds: float) -> None:
         """One request's rows were in a run that took so long."""
-        self._stages.labels("infer").observe(seconds)
+        self.staged("infer", seconds)
         self.handled("predict", model_name, seconds)
 
     def dropped(self, model_name: str) -> None:
@@ -135,6 +144,11 @@ class Metrics:
     def ended(self, protocol: str, outcome: str) -> None:
         self._requests.labels(protocol, outcome).inc()
 
+    def replay(self, measured: Iterable[Measured]) -> None:
+        """Count what a replica has recorded."""
+        for name, arguments in measured:
+            getattr(self, name)(*arguments)
+
     def model(self, name: str, platform: str, ready: bool) -> None:
         self._models.labels(name, platform).set(1)
         self._ready.labels(name).set(ready)
@@ -147,3 +161,30 @@ class Metrics:
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         encode, content_type = choose_encoder(accept)
         return encode(registry), content_type
+
+
+class Recorder(Metrics):
+    """In a replica: what it measures goes along with its next answer, and is counted by the server that asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._measured: deque[Measured] = deque(maxlen=MOST_MEASURED)
+
+    def handled(self, *arguments: Any) -> None:
+        self._measured.append(("handled", arguments))
+
+    def staged(self, *arguments: Any) -> None:
+        self._measured.append(("staged", arguments))
+
+    def batch(self, *arguments: Any) -> None:
+        self._measured.append(("batch", arguments))
+
+    def run(self, *arguments: Any) -> None:
+        self._measured.append(("run", arguments))
+
+    def dropped(self, *arguments: Any) -> None:
+        self._measured.append(("dropped", arguments))
+
+    def taken(self) -> list[Measured]:
+        """What has been recorded since the last time."""
+        return [self._measured.popleft() for _ in range(len(self._measured))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
@@ -53,6 +54,10 @@ class Model(ABC):
 
         Raises ServingError. Cancelled, it gives up what has not started.
         """
+
+    async def changes(self) -> None:
+        """Returns when `ready` is another without a load or an unload; waits for ever where that cannot be."""
+        await asyncio.Event().wait()
 
     @abstractmethod
     def close(self) -> None:

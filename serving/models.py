@@ -24,10 +24,13 @@ def make_models(settings: Settings, shared: Shared) -> list[Model]:
     """The models of the settings, not loaded yet. Raises StartError."""
     places = _places(settings)
     predictors = _predictors(settings.predictor, places)
-    return [
-        LocalModel(predictors[name], replace(settings, model_name=name), place, shared)
-        for name, place in places.items()
-    ]
+    if settings.engine == "ray":
+        from serving.ray_engine import RayModel  # which imports Ray
+
+        kind: type[LocalModel | RayModel] = RayModel
+    else:
+        kind = LocalModel
+    return [kind(predictors[name], replace(settings, model_name=name), place, shared) for name, place in places.items()]
 
 
 def load(models: Sequence[Model]) -> None:

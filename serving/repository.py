@@ -73,6 +73,12 @@ class Repository:
         """Give the model's memory back, once its requests under way are answered. Raises what `load` raises."""
         await self._change(name, lambda model: model.unload())
 
+    async def watch(self) -> None:
+        """Tells of models whose readiness changes by itself, as where they run elsewhere; until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for model in self:
+                tasks.create_task(self._watch(model))
+
     def drain(self) -> None:
         """From now on not ready, whatever is answered yet."""
         self.draining = True
@@ -105,7 +111,15 @@ class Repository:
         self._changes -= 1
         if not work.cancelled() and (error := work.exception()):
             logger.error("%s could not be loaded: %s", model.name, error)
-        logger.info("%s is %s", model.name, "ready" if model.ready else "not loaded")
+        self._tell(model)
+
+    async def _watch(self, model: Model) -> None:
+        while True:
+            await model.changes()
+            self._tell(model)
+
+    def _tell(self, model: Model) -> None:
+        logger.info("%s is %s", model.name, "ready" if model.ready else "not ready")
         self._metrics.model(model.name, model.described.platform, model.ready)
         self._announce()
 

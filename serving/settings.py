@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,6 +35,13 @@ def _is_format(text: str) -> str | None:
     except (ValueError, TypeError) as error:
         return f"must be a format for %: {error}"
     return None
+
+
+def _is_object(text: str) -> str | None:
+    try:
+        return None if isinstance(json.loads(text), dict) else "must be a JSON object"
+    except ValueError:
+        return "must be a JSON object"
 
 
 def _setting(default: Any, help_text: str, check: Check | None = None) -> Any:
@@ -105,6 +113,21 @@ class Settings:
     )
     enable_model_repository: bool = _setting(
         False, "true or false; with it clients may unload a model, to free its memory, and load it again"
+    )
+    engine: str = _setting(
+        "local",
+        "local or ray; with ray each model runs in processes of Ray Serve, which requirements-ray.txt brings",
+        _one_of("local", "ray"),
+    )
+    num_replicas: int = _setting(1, "with --engine=ray, processes that run each model", _between(1, 10_000))
+    ray_actor_options: str = _setting(
+        '{"num_cpus": 1}', "with --engine=ray, what each of them gets, as JSON; fractions are shares", _is_object
+    )
+    max_ongoing_requests: int = _setting(
+        128, "with --engine=ray, most requests in one of them; more wait in the server, and for longer", _positive
+    )
+    autoscaling_config: str = _setting(
+        "{}", "with --engine=ray, in place of --num_replicas: Ray Serve's autoscaling, as JSON", _is_object
     )
     device: str = _setting(
         "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",

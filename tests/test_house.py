@@ -12,12 +12,15 @@ from tests.servers import PROJECT
 
 FLOORS = {
     "app": 9,
+    "serving.ray_app": 9,
     "serving.healthcheck": 8,
     "serving.lifecycle": 8,
     "serving.supervisor": 8,
     "serving.transports": 7,
     "serving.dataplane": 6,
-    "serving.models": 6,
+    "serving.models": 7,
+    "serving.ray_engine": 6,
+    "serving.ray_replica": 6,
     "serving.local_model": 5,
     "serving.repository": 5,
     "serving.model": 4,
@@ -46,13 +49,14 @@ FLOORS = {
 }
 # On one floor, these few lean on a neighbour.
 NEIGHBOURS = {
+    ("serving.ray_engine", "serving.ray_replica"),
     ("serving.shared_weights", "serving.errors"),
     ("serving.sockets", "serving.errors"),
     ("serving.transports", "serving.transports"),
     ("proto", "proto"),
 }
 LONGEST_FILE_LINES = 250
-MOST_LINES = 3800
+MOST_LINES = 4100
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     *(tokenize.ENCODING, tokenize.ENDMARKER),

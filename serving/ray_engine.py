@@ -1,0 +1,201 @@
+"""Models as deployments of Ray Serve: each in processes of its own, on this machine or on a cluster's.
+
+The transports, limits and errors stay this server's. What crosses to a replica is a decoded request, large tensors
+by reference to Ray's shared memory; pictures are decoded where the model runs. Ray Serve's proxies are not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from serving.errors import EngineLost, EngineMissing, ReplicaLost, ServingError, one_line
+from serving.latency import Latency
+from serving.local_model import Shared
+from serving.logs import REQUEST_ID
+from serving.model import Model
+from serving.predictor import Description, Predictor, Request, Response
+from serving.ray_replica import Outcome, Replica
+from serving.settings import Settings
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+try:
+    import ray
+    from ray import serve
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
+except ImportError:
+    raise EngineMissing("--engine=ray needs Ray: `pip install -r requirements-ray.txt`") from None
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster to join
+START_SECONDS = 600.0
+TELL_SECONDS = 10.0
+POLL_SECONDS = 0.1
+ANSWER_SECONDS = 60.0
+LOOK_SECONDS = 1.0
+LOST_SECONDS = 10.0  # after 60 without its head Ray ends this process, whatever is under way
+TRIES = 2  # no more: the request may be what its replica died of
+LONGEST_REASON_CHARACTERS = 500
+
+
+class RayModel(Model):
+    """Ready while a replica runs; how many there are and where is Ray Serve's business."""
+
+    def __init__(
+        self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, shared: Shared
+    ) -> None:
+        super().__init__(settings.model_name)
+        self._application = _application(predictor_class, settings, model_dir and model_dir.resolve())
+        self._threads, self._metrics = shared.threads, shared.metrics
+        self._handle: Any = None
+        self._ready = False
+        self._description = Description.of(predictor_class)
+
+    @property
+    def ready(self) -> bool:
+        return self._ready
+
+    @property
+    def described(self) -> Description:
+        return self._description
+
+    def load(self) -> None:
+        if self._ready:
+            return
+        _join()
+        try:
+            # Under a name of its own: without, it would take the place of the model before.
+            target = serve.RunTarget(self._application, name=self.name, route_prefix=None)
+            (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
+            self._await_running()
+            self._description = self._handle.describe.remote().result(timeout_s=ANSWER_SECONDS)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise EngineMissing(f"Ray Serve cannot run {self.name}: {one_line(error)}") from error
+        self._ready = True
+
+    def unload(self) -> None:
+        self._ready, self._handle = False, None
+        serve.delete(self.name)
+
+    async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T], latency: Latency) -> T:
+        request = await self._threads.decode(decode)
+        with self._metrics.at_model.track_inprogress():
+            outcome = await self._ask(request)
+        self._metrics.replay(outcome.measured)
+        latency.seconds |= outcome.seconds
+        if isinstance(outcome.answer, ServingError):
+            raise outcome.answer
+        return await self._threads.encode(partial(encode, outcome.answer))
+
+    async def changes(self) -> None:
+        """Raises EngineLost."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await _check_head()
+            try:
+                running = self._handle is not None and await asyncio.to_thread(self._running)
+            except (RayError, RayServeException):  # Ray is starting its controller again
+                running = False
+            if running != self._ready:
+                self._ready = running
+                return
+
+    def close(self) -> None:
+        """A local Ray ends with this process; in a cluster that was joined the model would stay."""
+        if self._handle is not None and ADDRESS in os.environ:
+            serve.delete(self.name, _blocking=False)
+
+    async def _ask(self, request: Request) -> Outcome:
+        """One replica, and another where the first was lost. Raises ReplicaLost."""
+        for left in reversed(range(TRIES)):
+            age_seconds = time.perf_counter() - request.started_at
+            try:
+                outcome: Outcome = await self._handle.infer.remote(request, age_seconds, REQUEST_ID.get())
+            except RayTaskError:
+                raise  # a fault of ours
+            except (RayError, RayServeException) as error:
+                logger.warning("%s: a request lost its replica: %s", self.name, one_line(error))
+                if not left or not isinstance(error, RayActorError):
+                    raise ReplicaLost(self.name) from None
+            else:
+                return outcome
+        raise AssertionError
+
+    def _await_running(self) -> None:
+        """Raises EngineMissing."""
+        started_at = told_at = time.monotonic()
+        while not self._running():
+            now, (state, reason) = time.monotonic(), self._state()
+            if state == "DEPLOY_FAILED" or now - started_at > START_SECONDS:
+                serve.delete(self.name)
+                raise EngineMissing(f"Ray Serve cannot run {self.name}: {reason[-LONGEST_REASON_CHARACTERS:]}")
+            if now - told_at > TELL_SECONDS:
+                told_at = now
+                logger.info("%s is %s: %s", self.name, state, reason)
+            time.sleep(POLL_SECONDS)
+
+    def _running(self) -> bool:
+        application = serve.status().applications.get(self.name)
+        deployments: Mapping[str, Any] = application.deployments if application else {}
+        return any(deployment.replica_states.get("RUNNING") for deployment in deployments.values())
+
+    def _state(self) -> tuple[str, str]:
+        """As Ray Serve says it, and why."""
+        application = serve.status().applications[self.name]
+        reasons = [*(deployment.message for deployment in application.deployments.values()), application.message]
+        return application.status, one_line(next(filter(None, reasons), "its replicas are started"))
+
+
+def _join() -> None:
+    """A local Ray, or the cluster of RAY_ADDRESS; once. Raises EngineMissing."""
+    try:
+        if not ray.is_initialized():
+            ray.init(os.environ.get(ADDRESS, "local"), include_dashboard=None, logging_level=logging.WARNING)
+        serve.start(proxy_location="Disabled")
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise EngineMissing(f"Ray cannot be had: {one_line(error)}; see {ADDRESS}") from error
+
+
+async def _check_head() -> None:
+    """Raises EngineLost where nothing listens there for too long; asking Ray itself would wait for ever."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    lost_at = time.monotonic() + LOST_SECONDS
+    while True:
+        try:
+            async with asyncio.timeout(LOST_SECONDS):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except (OSError, TimeoutError):
+            if time.monotonic() > lost_at:
+                raise EngineLost(f"Ray's head at {host}:{port} is gone: start this server again") from None
+            await asyncio.sleep(LOOK_SECONDS)
+        else:
+            writer.close()
+            return
+
+
+def _application(predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> Any:
+    options = json.loads(settings.ray_actor_options)
+    threads = settings.threads or max(1, int(options.get("num_cpus", 1)))
+    autoscaling = json.loads(settings.autoscaling_config)
+    number = {"autoscaling_config": autoscaling} if autoscaling else {"num_replicas": settings.num_replicas}
+    deployment = serve.deployment(
+        name=settings.model_name,
+        ray_actor_options=options,
+        max_ongoing_requests=settings.max_ongoing_requests,
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        **number,
+    )(Replica)
+    workers = settings.max_asyncio_workers or threads
+    return deployment.bind(predictor_class, replace(settings, threads=threads, max_asyncio_workers=workers), model_dir)

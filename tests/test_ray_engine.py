@@ -1,0 +1,252 @@
+"""serving/ray_engine.py: the same answers from replicas of Ray Serve, side by side, and what becomes of lost ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import grpc_call
+from tests.pictures import PHOTOGRAPHS, v1_request
+from tests.servers import Server, is_alive, running, start_failing, wait_for
+from tests.test_grpc import image_request, tensor_request
+from tests.test_metrics import value
+
+
+def needs_ray(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Three minutes in all, and 450 MB to install."""
+    wanted = "TEST_RAY" in os.environ
+    for mark in (
+        pytest.mark.skipif(not wanted, reason="slow, and needs Ray: `make test-ray` runs it"),
+        pytest.mark.slow,
+        pytest.mark.timeout(300),
+    ):
+        test = mark(test)
+    return test
+
+
+RAY = ("--engine=ray", '--ray_actor_options={"num_cpus": 0.5}')
+BACK_SECONDS = 30
+SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+PICTURES = list(PHOTOGRAPHS.values())
+
+
+def replicas(ancestor: subprocess.Popen[Any], model: str = "custom-model") -> set[int]:
+    """The processes of a model's replicas."""
+    return below(ancestor, "-f", f"^ray::ServeReplica:{model}:")
+
+
+def below(ancestor: subprocess.Popen[Any], *pattern: str) -> set[int]:
+    found = subprocess.run(["pgrep", *pattern], capture_output=True, text=True, check=False).stdout.split()
+    return {int(process) for process in found if is_alive(int(process)) and is_below(int(process), ancestor.pid)}
+
+
+def is_below(process: int, ancestor: int) -> bool:
+    """A replica is Ray's child, and Ray is its starter's."""
+    while process > 1 and process != ancestor:
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return process == ancestor
+
+
+@pytest.fixture(scope="module")
+def on_ray(model_dir: Path) -> Iterator[Server]:
+    """Two replicas of one model, and another model beside it."""
+    models = f"--model=custom-model={model_dir},failing="
+    with running(*RAY, "--num_replicas=2", models, "--predictor=failing=tests.predictors:Failing") as server:
+        yield server
+        assert server.stop() == 0
+
+
+@needs_ray
+def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
+    on_ray: Server, server: Server, google: ModuleType
+) -> None:
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    with grpc.insecure_channel(on_ray.grpc_address) as there, grpc.insecure_channel(server.grpc_address) as here:
+        for request in (image_request(google, *PICTURES, id="1"), tensor_request(google, pixels, raw=True)):
+            request.id = "1"
+            assert grpc_call(there, google, "ModelInfer", request) == grpc_call(here, google, "ModelInfer", request)
+    classified = json.dumps({"signature_name": "classification", **json.loads(v1_request(PICTURES[0]))})
+    outputs = [{"name": name} for name in ("logits", "labels", "probabilities", "indices")]
+    v2 = json.dumps(
+        {
+            "id": "1",
+            "inputs": [
+                {"name": "input-0", "datatype": "FP32", "shape": [2, 3, 224, 224], "data": pixels.ravel().tolist()}
+            ],
+            "outputs": outputs,
+        }
+    )
+    for path, body in (
+        ("/v1/models/custom-model:predict", v1_request(*PICTURES)),
+        ("/v1/models/custom-model:predict", classified),
+        ("/v2/models/custom-model/infer", v2),
+    ):
+        assert on_ray.post(path, body).json() == server.post(path, body).json()
+    assert on_ray.get("/v2/models/custom-model").json() == server.get("/v2/models/custom-model").json()
+
+
+@needs_ray
+def test_errors_are_those_of_the_local_engine(on_ray: Server, server: Server) -> None:
+    for body in (v1_request(b"\xff\xd8\xff"), "{", '{"instances": []}', '{"instances": [1]}'):
+        there, here = on_ray.predict(body), server.predict(body)
+        assert (there.status_code, there.json()) == (here.status_code, here.json())
+
+
+@needs_ray
+def test_what_nobody_foresaw_is_told_to_the_log_and_not_to_the_client(on_ray: Server) -> None:
+    answer = on_ray.post("/v1/models/failing:predict", '{"instances": ["KeyError"]}')
+
+    assert (answer.status_code, answer.json()) == (500, {"error": "Internal server error"})
+    answer = on_ray.post("/v1/models/failing:predict", '{"instances": ["Overloaded"]}')
+    assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
+
+
+@needs_ray
+def test_headers_ids_and_metrics_are_those_of_the_server(on_ray: Server) -> None:
+    before = value(on_ray, "serving_batch_rows_sum", model_name="custom-model")
+    answer = on_ray.predict(v1_request(*PICTURES[:3]), x_request_id="one of ours")
+
+    assert answer.headers["x-request-id"] == "one of ours"
+    assert 0 < float(answer.headers["prediction-time-latency"]) < 60_000
+    assert value(on_ray, "serving_batch_rows_sum", model_name="custom-model") - before == 3
+    assert value(on_ray, "request_predict_seconds_count", model_name="custom-model") > 0
+
+
+@needs_ray
+def test_a_replica_that_is_killed_under_load_costs_no_answer_and_comes_back(on_ray: Server) -> None:
+    alone = on_ray.predict(v1_request(PICTURES[0])).json()
+    first = replicas(on_ray.process)
+    assert len(first) == 2
+
+    def answers(client: httpx.Client) -> list[Any]:
+        url = f"{on_ray.url}/v1/models/custom-model:predict"
+        return [client.post(url, content=v1_request(PICTURES[0])).json() for _ in range(25)]
+
+    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as clients:
+        given = [clients.submit(answers, client) for _ in range(8)]
+        wait_for(lambda: value(on_ray, "serving_requests_at_model") > 1)
+        killed_at = time.monotonic()
+        os.kill(min(first), signal.SIGKILL)
+        assert [answer for answered in given for answer in answered.result()] == [alone] * 200
+    while len(replicas(on_ray.process)) != 2 or min(first) in replicas(on_ray.process):
+        assert time.monotonic() - killed_at < BACK_SECONDS
+        on_ray.get("/")
+
+
+@needs_ray
+def test_a_model_that_has_lost_every_replica_answers_again_by_itself(on_ray: Server) -> None:
+    request = '{"instances": ["InvalidInput"]}'
+    assert on_ray.post("/v1/models/failing:predict", request).status_code == 400
+    killed_at = time.monotonic()
+    for process in replicas(on_ray.process, "failing"):
+        os.kill(process, signal.SIGKILL)
+    while (answer := on_ray.post("/v1/models/failing:predict", request)).status_code != 400:
+        assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
+        assert time.monotonic() - killed_at < BACK_SECONDS
+
+
+@needs_ray
+def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Callable[[str], Path]) -> None:
+    held = gate("held")
+    flags = ("--model=slow=,quick=", "--predictor=tests.predictors:BatchSize", "--max_ongoing_requests=1")
+
+    def ask(model: str, instance: str) -> Any:
+        return server.post(f"/v1/models/{model}:predict", json.dumps({"instances": [instance]})).json()
+
+    with running(*RAY, "--num_replicas=2", *flags) as server, ThreadPoolExecutor(1) as client:
+        slow = client.submit(ask, "slow", str(held))
+        with held.open("wb"):
+            assert ask("quick", "a") == {"predictions": [1]}
+            assert [ask("slow", "a") for _ in range(4)] == [{"predictions": [1]}] * 4
+            assert not slow.done()
+        assert slow.result() == {"predictions": [1]}
+
+
+@needs_ray
+def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_its_own(
+    gate: Callable[[str], Path],
+) -> None:
+    held = gate("held")
+    with (
+        running(*RAY, "--predictor=tests.predictors:BatchSize") as server,
+        ThreadPoolExecutor(1) as client,
+    ):
+        answer = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
+        with held.open("wb"):
+            (head,) = below(server.process, "gcs_server")
+            os.kill(head, signal.SIGKILL)
+            server.wait_for_line(re.compile("stopping: 1 requests to answer"))
+        assert answer.result().json() == {"predictions": [1]}
+        assert server.wait() == 11
+    assert server.log[-1].startswith("app.py: Ray's head at ")
+
+
+@needs_ray
+def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_reason() -> None:
+    code, lines = start_failing(*RAY, "--predictor=tests.predictors:Unloadable", "--http_port=0", "--grpc_port=0")
+
+    assert code == 10
+    (line,) = [line for line in lines if line.startswith("app.py: ")]
+    assert line.startswith("app.py: Ray Serve cannot run custom-model: ")
+    assert "no such table: weights" in line
+
+
+@contextmanager
+def ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`ray start` for as long as the `with` lasts, and what it has printed until it was up."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *flags]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | SECRET
+    ) as process:
+        assert process.stdout
+        try:
+            printed = ""
+            while until not in printed:
+                line = process.stdout.readline()
+                assert line, printed
+                printed += line
+            yield process, printed
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+@needs_ray
+def test_a_cluster_runs_each_model_on_a_node_and_goes_on_without_one_of_them() -> None:
+    flags = ("--engine=ray", "--model=one=,other=", "--predictor=tests.predictors:Echo")
+
+    def ask(model: str) -> Any:
+        return server.post(f"/v1/models/{model}:predict", '{"instances": ["a"]}').json()
+
+    with ExitStack() as stack:
+        head = ray_node("--address=", "--head", "--port=0", "--num-cpus=0", "--include-dashboard=false")
+        (address,) = re.findall(r"--address='(.*)'", stack.enter_context(head)[1])
+        nodes = [ray_node("Ray runtime started", f"--address={address}", "--num-cpus=1") for _ in range(2)]
+        (first, _), (second, _) = map(stack.enter_context, nodes)
+        server = stack.enter_context(running(*flags, environment=os.environ | SECRET | {"RAY_ADDRESS": address}))
+        assert [ask("one"), ask("other")] == [{"predictions": ["a"]}] * 2
+        (lost,) = [model for model in ("one", "other") if replicas(first, model)]
+        (kept,) = [model for model in ("one", "other") if replicas(second, model)]
+        assert lost != kept
+        first.terminate()
+        server.wait_for_line(re.compile(f"{lost} is not ready"))
+        assert ask(kept) == {"predictions": ["a"]}
+        assert server.get("/v2/health/ready").status_code == 200
+        assert server.stop() == 0
