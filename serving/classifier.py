@@ -34,7 +34,9 @@ class Classifier(Predictor):
 
     def load(self) -> None:
         """Raises ModelMissing, ModelDamaged and DeviceMissing."""
-        self.engine = Engine(self.model_dir, self.settings.device, self.settings.threads)
+        self.engine = Engine(
+            self.model_dir, self.settings.device, self.settings.threads, self.settings.gpu_memory_percent
+        )
         self.takes_every_core = self.engine.device == "cpu"
         try:
             self.card = ModelCard.from_properties(self.engine.metadata)

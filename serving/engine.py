@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 FATAL = 4
+MIB = 1024 * 1024
+NVIDIA_SECONDS = 30
 PREPARED_WEIGHTS = "weights.data"
 SMALLEST_PREPARED_BYTES = 1024  # what is smaller stays in the .onnx file
 NO_CUDA = "--device=cuda, but CUDA cannot be had: {}; --device=auto takes the CPU instead"
@@ -31,7 +35,7 @@ class Engine:
     would count the host's. Raises ModelMissing, ModelDamaged and DeviceMissing.
     """
 
-    def __init__(self, model: Path | None, device: str, threads: int) -> None:
+    def __init__(self, model: Path | None, device: str, threads: int, gpu_memory_percent: int = 100) -> None:
         """`model` is an .onnx file or a directory with one; `device` is auto, cpu or cuda; 0 threads is the quota."""
         file = _model_file(model)
         options = onnxruntime.SessionOptions()
@@ -42,7 +46,7 @@ class Engine:
         # Prepacking stays on. Without it a session starts in 0.06 s instead of 0.7 and shares its weights with other
         # processes, but batches take a third longer, and a row's last bits depend on how many run with it (measured).
         options.log_severity_level = FATAL  # what goes wrong is raised, and said once, by us
-        providers = _providers(device)
+        providers = _providers(device, gpu_memory_percent)
         shared = shared_model(file, prepare) if providers == [CPU] else None
         if shared:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -89,7 +93,19 @@ def _model_file(model: Path | None) -> Path:
     return files[0]
 
 
-def _providers(device: str) -> list[str]:
+def gpu_memory_bytes(percent: int) -> int:
+    """That share of all that the GPU of this process has, as NVIDIA's own tool counts it. Raises DeviceMissing."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible.partition(',')[0]}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SECONDS, check=True)  # noqa: S603
+        return int(done.stdout.split()[0]) * MIB * percent // 100
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise DeviceMissing(f"--gpu_memory_percent={percent} needs nvidia-smi: {one_line(error)}") from error
+
+
+def _providers(device: str, gpu_memory_percent: int) -> list[str | tuple[str, dict[str, int]]]:
     if device == "cpu":
         return [CPU]
     if CUDA not in onnxruntime.get_available_providers():
@@ -98,4 +114,6 @@ def _providers(device: str) -> list[str]:
         return [CPU]
     onnxruntime.set_default_logger_severity(FATAL)
     onnxruntime.preload_dlls()  # pip's CUDA libraries are on no library path
-    return [CUDA, CPU]
+    if gpu_memory_percent == 100:
+        return [CUDA, CPU]
+    return [(CUDA, {"gpu_mem_limit": gpu_memory_bytes(gpu_memory_percent)}), CPU]

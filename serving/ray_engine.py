@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from serving.errors import EngineLost, EngineMissing, ReplicaLost, ServingError, one_line
+from serving.errors import BadSetting, EngineLost, EngineMissing, ReplicaLost, ServingError, one_line
 from serving.latency import Latency
 from serving.local_model import Shared
 from serving.logs import REQUEST_ID
@@ -57,7 +57,10 @@ class RayModel(Model):
         self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, shared: Shared
     ) -> None:
         super().__init__(settings.model_name)
-        self._application = _application(predictor_class, settings, model_dir and model_dir.resolve())
+        try:
+            self._application = _application(predictor_class, settings, model_dir and model_dir.resolve())
+        except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
+            raise BadSetting(f"--ray_actor_options or --autoscaling_config: {one_line(error)}") from error
         self._threads, self._metrics = shared.threads, shared.metrics
         self._handle: Any = None
         self._ready = False
@@ -197,5 +200,15 @@ def _application(predictor_class: type[Predictor], settings: Settings, model_dir
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
         **number,
     )(Replica)
-    workers = settings.max_asyncio_workers or threads
-    return deployment.bind(predictor_class, replace(settings, threads=threads, max_asyncio_workers=workers), model_dir)
+    shares = replace(
+        settings,
+        threads=threads,
+        max_asyncio_workers=settings.max_asyncio_workers or threads,
+        gpu_memory_percent=gpu_memory_percent(settings, options.get("num_gpus", 0)),
+    )
+    return deployment.bind(predictor_class, shares, model_dir)
+
+
+def gpu_memory_percent(settings: Settings, gpus: float) -> int:
+    """Ray only counts fractions of a GPU: that two models of a half fit in it is ours to see to."""
+    return min(settings.gpu_memory_percent, int(gpus * 100)) if 0.01 <= gpus < 1 else settings.gpu_memory_percent

@@ -133,6 +133,10 @@ class Settings:
         "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",
         _one_of("auto", "cpu", "cuda"),
     )  # fmt: skip
+    gpu_memory_percent: int = _setting(
+        100, "most of the GPU's memory that each model takes; with --engine=ray a fraction as num_gpus limits it too",
+        _between(1, 100),
+    )  # fmt: skip
     workers: int = _setting(
         1, "processes that share the ports and the CPUs; each has the limits on requests for itself", _between(1, 256)
     )

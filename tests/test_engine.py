@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from serving.cpus import available_cpus
-from serving.engine import CUDA, Engine
+from serving.engine import CUDA, Engine, gpu_memory_bytes
 from serving.errors import DeviceMissing, ModelDamaged, ModelMissing
 
 HAS_CUDA = CUDA in onnxruntime.get_available_providers()
@@ -112,3 +112,33 @@ def test_a_damaged_model_is_one_error_with_one_line(damage: str, copy_dir: Path)
     assert str(error.value).startswith(f"{copy_dir}/model.onnx cannot be loaded (")
     assert str(error.value).endswith("; export the model again")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvidia-smi that answers for GPU 1, as Ray would choose it."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$3" = --id=1 ] && echo 81559\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    return tool
+
+
+def test_a_share_of_the_gpus_memory_is_one_of_all_that_it_has(nvidia: Path) -> None:
+    assert gpu_memory_bytes(50) == 81559 * 2**20 // 2
+
+
+def test_a_share_without_a_gpu_is_an_error_that_names_the_setting(nvidia: Path) -> None:
+    nvidia.write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(DeviceMissing, match="--gpu_memory_percent=50 needs nvidia-smi: "):
+        gpu_memory_bytes(50)
+
+
+def test_two_models_of_half_a_gpu_share_it(model_dir: Path) -> None:
+    if not HAS_CUDA:
+        pytest.skip("no CUDAExecutionProvider in this onnxruntime: on a GPU this loads two models of half its memory")
+    engines = [Engine(model_dir, "cuda", 1, gpu_memory_percent=50) for _ in range(2)]
+
+    first, second = (engine.run({"pixels": PIXELS})["logits"] for engine in engines)
+    np.testing.assert_array_equal(first, second)

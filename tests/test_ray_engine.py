@@ -24,7 +24,7 @@ import pytest
 
 from tests.conftest import grpc_call
 from tests.pictures import PHOTOGRAPHS, v1_request
-from tests.servers import Server, is_alive, running, start_failing, wait_for
+from tests.servers import PROJECT, Server, is_alive, running, start_failing, wait_for
 from tests.test_grpc import image_request, tensor_request
 from tests.test_metrics import value
 
@@ -206,6 +206,28 @@ def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_rea
     (line,) = [line for line in lines if line.startswith("app.py: ")]
     assert line.startswith("app.py: Ray Serve cannot run custom-model: ")
     assert "no such table: weights" in line
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    "flag", ['--ray_actor_options={"num_cpus": "many"}', '--autoscaling_config={"min_replicas": 3, "max_replicas": 2}']
+)
+def test_options_that_ray_refuses_end_the_start_with_one_line(flag: str) -> None:
+    code, lines = start_failing("--engine=ray", flag, "--predictor=tests.predictors:Echo", "--http_port=0")
+
+    assert code == 2
+    assert lines[-1].startswith("app.py: --ray_actor_options or --autoscaling_config: ")
+
+
+@needs_ray
+def test_a_fraction_of_a_gpu_is_that_fraction_of_its_memory() -> None:
+    code = (
+        "from serving.ray_engine import gpu_memory_percent; from serving.settings import Settings;"
+        "print([gpu_memory_percent(Settings(), gpus) for gpus in (0, 0.5, 0.25, 1, 2)])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+
+    assert printed.stdout == "[100, 50, 25, 100, 100]\n"
 
 
 @contextmanager
