@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from serving.errors import BadSetting, EngineLost, EngineMissing, ReplicaLost, ServingError, one_line
 from serving.latency import Latency
 from serving.local_model import Shared
-from serving.logs import REQUEST_ID
+from serving.logs import REQUEST_ID, public
 from serving.model import Model
 from serving.predictor import Description, Predictor, Request, Response
 from serving.ray_replica import Outcome, Replica
@@ -51,7 +51,7 @@ LONGEST_REASON_CHARACTERS = 500
 
 
 class RayModel(Model):
-    """Ready while a replica runs; how many there are and where is Ray Serve's business."""
+    """Ready while a replica runs, or none has to; how many there are and where is Ray Serve's business."""
 
     def __init__(
         self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, shared: Shared
@@ -63,7 +63,7 @@ class RayModel(Model):
             raise BadSetting(f"--ray_actor_options or --autoscaling_config: {one_line(error)}") from error
         self._threads, self._metrics = shared.threads, shared.metrics
         self._handle: Any = None
-        self._ready = False
+        self._ready = self._deployed = False
         self._description = Description.of(predictor_class)
 
     @property
@@ -86,10 +86,11 @@ class RayModel(Model):
             self._description = self._handle.describe.remote().result(timeout_s=ANSWER_SECONDS)
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineMissing(f"Ray Serve cannot run {self.name}: {one_line(error)}") from error
+        self._deployed = True
         self._ready = True
 
     def unload(self) -> None:
-        self._ready, self._handle = False, None
+        self._ready = self._deployed = False
         serve.delete(self.name)
 
     async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T], latency: Latency) -> T:
@@ -106,9 +107,13 @@ class RayModel(Model):
         """Raises EngineLost."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            await _check_head()
             try:
-                running = self._handle is not None and await asyncio.to_thread(self._running)
+                await _check_head()
+            except EngineLost:
+                self._ready = self._deployed = False
+                raise
+            try:
+                running = self._deployed and await asyncio.to_thread(self._running)
             except (RayError, RayServeException):  # Ray is starting its controller again
                 running = False
             if running != self._ready:
@@ -117,7 +122,7 @@ class RayModel(Model):
 
     def close(self) -> None:
         """A local Ray ends with this process; in a cluster that was joined the model would stay."""
-        if self._handle is not None and ADDRESS in os.environ:
+        if self._deployed and ADDRESS in os.environ:
             serve.delete(self.name, _blocking=False)
 
     async def _ask(self, request: Request) -> Outcome:
@@ -126,8 +131,8 @@ class RayModel(Model):
             age_seconds = time.perf_counter() - request.started_at
             try:
                 outcome: Outcome = await self._handle.infer.remote(request, age_seconds, REQUEST_ID.get())
-            except RayTaskError:
-                raise  # a fault of ours
+            except RayTaskError as error:  # raised in the replica, by none of the handlers: a fault of ours
+                raise public(error) from None
             except (RayError, RayServeException) as error:
                 logger.warning("%s: a request lost its replica: %s", self.name, one_line(error))
                 if not left or not isinstance(error, RayActorError):
@@ -151,8 +156,9 @@ class RayModel(Model):
 
     def _running(self) -> bool:
         application = serve.status().applications.get(self.name)
-        deployments: Mapping[str, Any] = application.deployments if application else {}
-        return any(deployment.replica_states.get("RUNNING") for deployment in deployments.values())
+        if application is None or application.status == "RUNNING":  # where it may scale to none, it has none to run
+            return application is not None
+        return any(deployment.replica_states.get("RUNNING") for deployment in application.deployments.values())
 
     def _state(self) -> tuple[str, str]:
         """As Ray Serve says it, and why."""
@@ -165,7 +171,8 @@ def _join() -> None:
     """A local Ray, or the cluster of RAY_ADDRESS; once. Raises EngineMissing."""
     try:
         if not ray.is_initialized():
-            ray.init(os.environ.get(ADDRESS, "local"), include_dashboard=None, logging_level=logging.WARNING)
+            local = {} if ADDRESS in os.environ else {"address": "local", "include_dashboard": False}
+            ray.init(**local, logging_level=logging.WARNING)
         serve.start(proxy_location="Disabled")
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise EngineMissing(f"Ray cannot be had: {one_line(error)}; see {ADDRESS}") from error

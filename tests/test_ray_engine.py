@@ -180,6 +180,33 @@ def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Calla
 
 
 @needs_ray
+def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str], Path], google: ModuleType) -> None:
+    held = gate("held")
+    scaled = '--autoscaling_config={"min_replicas": 1, "max_replicas": 1}'
+    late = image_request(google, b"late").SerializeToString()
+    with running(*RAY, scaled, "--predictor=tests.predictors:BatchSize") as server, ThreadPoolExecutor(1) as client:
+        first = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
+        with held.open("wb"), grpc.insecure_channel(server.grpc_address) as channel:
+            call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+                call(late, timeout=1)
+        assert first.result().json() == {"predictions": [1]}
+        assert server.predict('{"instances": ["a"]}').json() == {"predictions": [1]}
+        assert value(server, "serving_dropped_requests_total", model_name="custom-model") == 1
+
+
+@needs_ray
+def test_a_model_is_unloaded_and_loaded_again() -> None:
+    with running(*RAY, "--enable_model_repository=true", "--predictor=tests.predictors:Echo") as server:
+        statuses = []
+        for change in ("unload", "load"):
+            assert server.post(f"/v2/repository/models/custom-model/{change}", "").status_code == 200
+            statuses.append(server.predict('{"instances": ["a"]}').status_code)
+
+    assert statuses == [503, 200]
+
+
+@needs_ray
 def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_its_own(
     gate: Callable[[str], Path],
 ) -> None:
