@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from serving.errors import Overloaded, ServingError
+from serving.errors import Late, Overloaded, ServingError
 from serving.latency import Latency
 from serving.metrics import Metrics
 from serving.predictor import Request, Response
@@ -54,8 +54,13 @@ class DataPlane:
         """
         model = self.repository.get_ready(model_name)
         latency = Latency(self.metrics)
-        with self._admitted(model_name):
-            answer = await model.infer(decode, encode, latency)
+        seconds = self.settings.request_timeout_seconds
+        try:
+            with self._admitted(model_name):
+                async with asyncio.timeout(seconds):
+                    answer = await model.infer(decode, encode, latency)
+        except TimeoutError:
+            raise Late(seconds) from None
         if self.settings.enable_latency_logging:
             latency.log()
         return answer

@@ -101,6 +101,18 @@ class ModelNotReady(ServingError):
         super().__init__(f"Model with name {name} is not ready.")
 
 
+class Late(ServingError):
+    """The answer would come later than --request_timeout_seconds allows. Raised by dataplane."""
+
+    http_status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+    outcome = "late"
+    retry = True
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"The request was not answered within request_timeout_seconds ({seconds}); try again.")
+
+
 class ReplicaLost(ServingError):
     """What the model runs on went away with the request in it. Raised by ray_engine."""
 

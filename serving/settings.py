@@ -192,6 +192,10 @@ class Settings:
     max_concurrent_requests: int = _setting(
         256, "most inference requests of a model under way at once; one more is answered 503 at once", _positive
     )
+    request_timeout_seconds: int = _setting(
+        60, "seconds that an inference request may take once it is read; a later one is answered 504 and given up",
+        _positive,
+    )  # fmt: skip
     timeout_keep_alive: int = _setting(
         65, "seconds that an idle HTTP connection stays open; keep it above the idle timeout of the proxy in front",
         _positive,
