@@ -54,6 +54,8 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     settings = Settings(**values)
     if settings.http_port == settings.grpc_port != 0:
         raise BadSetting(f"--http_port and --grpc_port are both {settings.http_port}: give each a port of its own")
+    if settings.drain_delay_seconds >= settings.grace_period_seconds:
+        raise BadSetting("--drain_delay_seconds is part of --grace_period_seconds, and must be smaller")
     if settings.workers > 1 and settings.engine == "ray":
         raise BadSetting("--engine=ray needs --workers=1: its replicas are the workers, see --num_replicas")
     if settings.workers > 1 and settings.enable_model_repository:

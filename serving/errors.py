@@ -208,7 +208,7 @@ class EngineLost(StartError):
 
 
 class DrainCut(StartError):
-    """The grace period ended before the last accepted request was answered."""
+    """The grace period ended, or a second signal came, before the last accepted request was answered."""
 
     exit_code = 8
 

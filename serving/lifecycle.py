@@ -7,9 +7,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from serving import STOP_SIGNALS
 from serving.cores import Cores
@@ -62,9 +63,9 @@ def loaded(settings: Settings) -> Iterator[DataPlane]:
 
 
 async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, supervised: Inherited | None) -> None:
-    stop = asyncio.Event()
+    stop, at_once, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
     for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, lambda: (at_once if stop.is_set() else stop).set())
     services = _services(dataplane, settings)
     grpc = GrpcServer(services, settings, shared=supervised is not None) if services else None
     if grpc:
@@ -82,21 +83,34 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, sup
         _report(supervised.supervisor, stop)
     async with asyncio.TaskGroup() as tasks:
         watch = tasks.create_task(_watch(dataplane.repository, stop))
-        listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, settings), stop))]
+        listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, settings), closing))]
         if grpc:
-            listeners.append(tasks.create_task(grpc.serve(stop)))
+            listeners.append(tasks.create_task(grpc.serve(closing)))
         await stop.wait()
+        deadline = asyncio.get_running_loop().time() + settings.grace_period_seconds
         dataplane.repository.drain()
         logger.info("stopping: %d requests to answer", dataplane.under_way)
-        _, late = await asyncio.wait(listeners, timeout=settings.grace_period_seconds)
+        hurry = tasks.create_task(at_once.wait())
+        await asyncio.wait({hurry}, timeout=settings.drain_delay_seconds)
+        closing.set()
+        await _ended(listeners, hurry, deadline)
         unanswered = dataplane.under_way  # counted before the cancellation counts them out
-        for task in (*late, watch):
+        for task in (*listeners, hurry, watch):
             task.cancel()
     if unanswered:
-        raise DrainCut(f"stopped with {unanswered} requests unanswered: see --grace_period_seconds")
+        why = "at a second signal" if at_once.is_set() else "at the end of --grace_period_seconds"
+        raise DrainCut(f"stopped {why} with {unanswered} requests unanswered")
     if not watch.cancelled() and (lost := watch.result()):
         raise lost
     logger.info("stopped")
+
+
+async def _ended(listeners: Sequence[asyncio.Task[None]], hurry: asyncio.Task[Any], deadline: float) -> None:
+    """Returns when all listeners have ended, or at the deadline, or when there is no more time for it."""
+    pending: set[asyncio.Task[Any]] = set(listeners)
+    while pending and not hurry.done() and (seconds := deadline - asyncio.get_running_loop().time()) > 0:
+        await asyncio.wait({hurry, *pending}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        pending = {listener for listener in pending if not listener.done()}
 
 
 async def _watch(repository: Repository, stop: asyncio.Event) -> EngineLost | None:

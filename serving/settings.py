@@ -203,3 +203,7 @@ class Settings:
     grace_period_seconds: int = _setting(
         25, "seconds that a stopping server has to answer what it accepted; keep it below Kubernetes' 30", _positive
     )
+    drain_delay_seconds: int = _setting(
+        0, "seconds of those in which a stopping server is not ready and still accepts, until nobody sends it any more",
+        _between(0, 3600),
+    )  # fmt: skip

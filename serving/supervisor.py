@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -80,14 +81,23 @@ class Supervisor:
         self._shared = shared
         self._kill_after_seconds = grace_period_seconds + KILL_SECONDS
         self._stop = asyncio.Event()
+        self._workers: set[asyncio.subprocess.Process] = set()
 
     async def run(self, workers: int) -> int:
         for number in STOP_SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         async with asyncio.TaskGroup() as tasks:
             kept = [tasks.create_task(self._keep(number)) for number in range(1, workers + 1)]
         logger.info("stopped, with all workers")
         return next((task.result() for task in kept if task.result()), 0)
+
+    def _signalled(self) -> None:
+        """The second signal is for the workers as it is for us: they stop at once."""
+        if self._stop.is_set():
+            for process in self._workers:
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+        self._stop.set()
 
     async def _keep(self, number: int) -> int:
         """One worker after the other, until the stop; the last one's exit code."""
@@ -96,7 +106,9 @@ class Supervisor:
             started_at = time.monotonic()
             process, line = await self._start()
             ready = asyncio.create_task(_hear(line))
+            self._workers.add(process)
             code = await self._until_it_ends(process)
+            self._workers.discard(process)
             was_ready |= await ready
             # Its counts stay in the metrics; what it had under way does not.
             mark_process_dead(process.pid, self._shared[MULTIPROCESS])  # type: ignore[no-untyped-call]

@@ -33,6 +33,7 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "ray_actor_options": ('{"num_cpus": 2}', '{"num_gpus": 0.5}'),
         "autoscaling_config": ('{"max_replicas": 2}', "{}"),
         "gpu_memory_percent": ("50", "60"),
+        "drain_delay_seconds": ("1", "2"),
         "protocol": ("v1", "v2"),
         "event_loop": ("asyncio", "uvloop"),
         "log_format": ("json", "text"),
@@ -201,6 +202,11 @@ def test_the_model_dir_is_a_path() -> None:
         (["--model_name=a/b"], {}, "--model_name must be a name without slash, colon or blank, not a/b"),
         (["--predictor=iris"], {}, "--predictor must be module:Class, or NAME=module:Class, not iris"),
         (["--model=a=/a", "--model=b"], {}, "--model must be NAME=DIR, the name without slash, colon or blank, not b"),
+        (
+            ["--drain_delay_seconds=25"],
+            {},
+            "--drain_delay_seconds is part of --grace_period_seconds, and must be smaller",
+        ),
         (["--ray_actor_options=[]"], {}, "--ray_actor_options must be a JSON object, not []"),
         (["--autoscaling_config={"], {}, "--autoscaling_config must be a JSON object, not {"),
         (

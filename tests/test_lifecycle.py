@@ -24,6 +24,7 @@ from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
 from tests.servers import PROJECT, Server, gated, read_until, running, start_failing
 
+ECHO = "--predictor=tests.predictors:Echo"
 STOPPING = re.compile(r"stopping: (\d+) requests to answer")
 IMPORTED = re.compile(r"^import time:.*\| +(\S+)$")
 
@@ -107,7 +108,41 @@ def test_a_request_that_outlasts_the_grace_period_is_cut_and_counted(
         with opened.result(timeout=30):
             assert server.stop() == 8
 
-    assert server.log[-1] == "app.py: stopped with 1 requests unanswered: see --grace_period_seconds\n"
+    assert server.log[-1] == "app.py: stopped at the end of --grace_period_seconds with 1 requests unanswered\n"
+
+
+@pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
+def test_a_second_signal_stops_at_once(workers: str, tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    held = gate("held")
+    with gated(tmp_path, workers) as server, ThreadPoolExecutor() as clients:
+        clients.submit(rest, server, "held").add_done_callback(lambda answer: answer.exception())
+        with held.open("wb"):
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait_for_line(re.compile("stopping: 1"))
+            assert server.stop() == 8
+
+    assert "app.py: stopped at a second signal with 1 requests unanswered\n" in server.log
+
+
+def test_a_stopping_server_is_not_ready_and_answers_until_the_drain_delay_is_over(google: ModuleType) -> None:
+    with running(ECHO, "--drain_delay_seconds=20") as server, grpc.insecure_channel(server.grpc_address) as channel:
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_line(STOPPING)
+
+        assert server.get("/v2/health/ready").status_code == 503
+        assert server.get("/v2/health/live").status_code == 200
+        assert not grpc_call(channel, google, "ServerReady", google.ServerReadyRequest()).ready
+        assert rest(server, "a").json() == {"predictions": ["a"]}
+        assert len(grpc_infer(server, google, "a").outputs) == 1
+        assert server.stop() == 0  # at once, by a second signal
+
+
+def test_the_drain_delay_ends_by_itself() -> None:
+    with running(ECHO, "--drain_delay_seconds=1") as server:
+        stopped_at = time.monotonic()
+        assert server.stop() == 0
+
+    assert 1 <= time.monotonic() - stopped_at < 10
 
 
 def test_a_signal_while_the_model_loads_ends_at_once_with_exit_0(tmp_path: Path) -> None:
@@ -199,9 +234,6 @@ def test_a_seeded_model_warns_at_every_start(model_dir: Path) -> None:
         server.stop()
 
     assert [line for line in server.log if "custom-model: UNTRAINED WEIGHTS (seeded:0): the answers are mea" in line]
-
-
-ECHO = "--predictor=tests.predictors:Echo"
 
 
 @pytest.mark.parametrize("flag", ["--http_port", "--grpc_port"])
