@@ -35,6 +35,8 @@ from serving.transports.http_server import HttpServer
 
 logger = logging.getLogger(__name__)
 
+CANCEL_SECONDS = 0.1
+
 
 def run(settings: Settings) -> None:
     """Serve until a signal, and answer what was accepted before it. Raises StartError."""
@@ -95,8 +97,7 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, sup
         closing.set()
         await _ended(listeners, hurry, deadline)
         unanswered = dataplane.under_way  # counted before the cancellation counts them out
-        for task in (*listeners, hurry, watch):
-            task.cancel()
+        await _cancel({*listeners, hurry, watch})
     if unanswered:
         why = "at a second signal" if at_once.is_set() else "at the end of --grace_period_seconds"
         raise DrainCut(f"stopped {why} with {unanswered} requests unanswered")
@@ -111,6 +112,14 @@ async def _ended(listeners: Sequence[asyncio.Task[None]], hurry: asyncio.Task[An
     while pending and not hurry.done() and (seconds := deadline - asyncio.get_running_loop().time()) > 0:
         await asyncio.wait({hurry, *pending}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         pending = {listener for listener in pending if not listener.done()}
+
+
+async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    """Until all have ended: Hypercorn takes a first cancellation, where it has not begun to drain, as a wish to."""
+    while tasks := {task for task in tasks if not task.done()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
 
 
 async def _watch(repository: Repository, stop: asyncio.Event) -> EngineLost | None:

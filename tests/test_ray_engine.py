@@ -163,6 +163,16 @@ def test_a_model_that_has_lost_every_replica_answers_again_by_itself(on_ray: Ser
 
 
 @needs_ray
+def test_a_request_that_its_replicas_die_of_is_refused_and_the_model_comes_back() -> None:
+    with running(*RAY, "--num_replicas=2", "--predictor=tests.predictors:Deadly") as server:
+        died_at = time.monotonic()
+        refused = server.predict('{"instances": [0]}')
+        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+        while server.predict('{"instances": [1]}').status_code != 200:
+            assert time.monotonic() - died_at < BACK_SECONDS
+
+
+@needs_ray
 def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Callable[[str], Path]) -> None:
     held = gate("held")
     flags = ("--model=slow=,quick=", "--predictor=tests.predictors:BatchSize", "--max_ongoing_requests=1")
