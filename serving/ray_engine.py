@@ -51,7 +51,7 @@ LONGEST_REASON_CHARACTERS = 500
 
 
 class RayModel(Model):
-    """Ready while a replica runs, or none has to; how many there are and where is Ray Serve's business."""
+    """Ready while a replica runs, or where none has to; how many there are and where is Ray Serve's business."""
 
     def __init__(
         self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, shared: Shared
@@ -62,6 +62,7 @@ class RayModel(Model):
         except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
             raise BadSetting(f"--ray_actor_options or --autoscaling_config: {one_line(error)}") from error
         self._threads, self._metrics = shared.threads, shared.metrics
+        self._may_scale_to_none = json.loads(settings.autoscaling_config).get("min_replicas") == 0
         self._handle: Any = None
         self._ready = self._deployed = False
         self._description = Description.of(predictor_class)
@@ -129,8 +130,12 @@ class RayModel(Model):
         """One replica, and another where the first was lost. Raises ReplicaLost."""
         for left in reversed(range(TRIES)):
             age_seconds = time.perf_counter() - request.started_at
+            response = self._handle.infer.remote(request, age_seconds, REQUEST_ID.get())
             try:
-                outcome: Outcome = await self._handle.infer.remote(request, age_seconds, REQUEST_ID.get())
+                outcome: Outcome = await response
+            except asyncio.CancelledError:
+                response.cancel()  # the replica would go on otherwise
+                raise
             except RayTaskError as error:  # raised in the replica, by none of the handlers: a fault of ours
                 raise public(error) from None
             except (RayError, RayServeException) as error:
@@ -156,8 +161,10 @@ class RayModel(Model):
 
     def _running(self) -> bool:
         application = serve.status().applications.get(self.name)
-        if application is None or application.status == "RUNNING":  # where it may scale to none, it has none to run
-            return application is not None
+        if application is None:
+            return False
+        if self._may_scale_to_none:
+            return bool(application.status == "RUNNING")
         return any(deployment.replica_states.get("RUNNING") for deployment in application.deployments.values())
 
     def _state(self) -> tuple[str, str]:

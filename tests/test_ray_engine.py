@@ -200,6 +200,8 @@ def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str]
             call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
             with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
                 call(late, timeout=1)
+            for _ in range(20):  # ways to the replica and back, by which it has heard of that
+                assert server.predict('{"instances": []}').status_code == 400
         assert first.result().json() == {"predictions": [1]}
         assert server.predict('{"instances": ["a"]}').json() == {"predictions": [1]}
         assert value(server, "serving_dropped_requests_total", model_name="custom-model") == 1
