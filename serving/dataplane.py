@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from serving.errors import Late, Overloaded, ServingError
+from serving.admission import Admission, Bodies, Ticket
+from serving.errors import Late, ServingError
 from serving.latency import Latency
 from serving.metrics import Metrics
 from serving.predictor import Request, Response
@@ -19,17 +19,23 @@ T = TypeVar("T")
 
 
 class DataPlane:
-    """Between the transports and the models; counts the requests under way of each."""
+    """Between the transports and the models; `bodies` are what the transports hold for both."""
 
     def __init__(self, repository: Repository, settings: Settings, metrics: Metrics) -> None:
         self.repository = repository
         self.metrics = metrics
         self.settings = settings
-        self._under_way: Counter[str] = Counter()
+        self.bodies = Bodies(settings.max_queue_bytes)
+        self._admissions = {name: Admission(settings) for name in repository.names}
 
     @property
     def under_way(self) -> int:
-        return self._under_way.total()
+        return sum(admission.under_way for admission in self._admissions.values())
+
+    def check_open(self, model_name: str) -> None:
+        """Whether a request for it would be taken now, before it is read. Raises ServingError."""
+        self.repository.get_ready(model_name)
+        self._admissions[model_name].check()
 
     @contextmanager
     def counted(self, protocol: str) -> Iterator[None]:
@@ -56,9 +62,15 @@ class DataPlane:
         latency = Latency(self.metrics)
         seconds = self.settings.request_timeout_seconds
         try:
-            with self._admitted(model_name):
+            with self._admitted(model_name) as ticket:
+
+                def counted_decode() -> Request:
+                    request = decode()
+                    ticket.rows = request.rows
+                    return request
+
                 async with asyncio.timeout(seconds):
-                    answer = await model.infer(decode, encode, latency)
+                    answer = await model.infer(counted_decode, encode, latency)
         except TimeoutError:
             raise Late(seconds) from None
         if self.settings.enable_latency_logging:
@@ -71,12 +83,6 @@ class DataPlane:
         return ["classification", *(["model_repository_extension"] if self.repository.may_change else [])]
 
     @contextmanager
-    def _admitted(self, model_name: str) -> Iterator[None]:
-        if self._under_way[model_name] >= self.settings.max_concurrent_requests:
-            raise Overloaded
-        self._under_way[model_name] += 1
-        try:
-            with self.metrics.under_way.track_inprogress():
-                yield
-        finally:
-            self._under_way[model_name] -= 1
+    def _admitted(self, model_name: str) -> Iterator[Ticket]:
+        with self._admissions[model_name].ticket() as ticket, self.metrics.under_way.track_inprogress():
+            yield ticket

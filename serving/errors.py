@@ -13,20 +13,21 @@ class ServingError(Exception):
 
     `str(error)` is the public text: it says what is wrong and where, and never repeats the payload. `grpc_status`
     is a name of grpc.StatusCode. `outcome` is what the metrics count it as, and `retry` says whether the same request
-    may succeed later.
+    may succeed later: after `retry_after_seconds`, by what is known then.
     """
 
     http_status: ClassVar[int]
     grpc_status: ClassVar[str]
     outcome: ClassVar[str] = "invalid"
     retry: ClassVar[bool] = False
+    retry_after_seconds: float = 1.0
 
     def __init__(self, text: str) -> None:
         super().__init__(text[:LONGEST_TEXT_CHARACTERS])  # a name in it may be the client's, and of any length
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes: the text has been made already."""
-        return copyreg.__newobj__, (type(self), str(self))  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
 
 
 class InvalidInput(ServingError):
@@ -53,6 +54,26 @@ class TooLarge(ServingError):
     grpc_status = "RESOURCE_EXHAUSTED"
 
 
+class TooSlow(ServingError):
+    """The body, or message, did not come to its end in time. Raised by rest_guard and grpc_over_http."""
+
+    http_status = 408
+    grpc_status = "DEADLINE_EXCEEDED"
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"the request did not come within read_timeout_seconds ({seconds})")
+
+
+class HeadersTooLarge(ServingError):
+    """The request line and its headers are more than is read. Raised by rest_guard."""
+
+    http_status = 431
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(f"the request line and headers exceed {most_bytes} bytes")
+
+
 class UnsupportedMediaType(ServingError):
     """The body's content type or encoding is not one that is read. Raised by the REST transports."""
 
@@ -61,7 +82,7 @@ class UnsupportedMediaType(ServingError):
 
 
 class ClientLeft(ServingError):
-    """The client went before its request was read; nobody hears the answer. Raised by the REST transports."""
+    """The client went before it was answered; nobody hears the answer. Raised by the REST transports."""
 
     http_status = 499
     grpc_status = "CANCELLED"
@@ -137,15 +158,16 @@ class LoadFailed(ServingError):
 
 
 class Overloaded(ServingError):
-    """As many requests are under way as are allowed at once. Raised by dataplane and repository."""
+    """As much is under way as is allowed at once. Raised by admission and repository."""
 
     http_status = 503
     grpc_status = "UNAVAILABLE"
     outcome = "rejected"
     retry = True
 
-    def __init__(self) -> None:
-        super().__init__("The server is at its limit of concurrent requests; try again.")
+    def __init__(self, limit: str, seconds: float = 1.0) -> None:
+        super().__init__(f"The server is at its limit of {limit}; try again.")
+        self.retry_after_seconds = seconds
 
 
 def one_line(text: object) -> str:

@@ -98,7 +98,7 @@ class Repository:
         self._check_may_change()
         model = self.get(name)
         if self._changes >= MOST_CHANGES:
-            raise Overloaded
+            raise Overloaded("loads and unloads")
         self._changes += 1
         work = asyncio.get_running_loop().run_in_executor(self._loader, change, model)
         work.add_done_callback(partial(self._done, model))

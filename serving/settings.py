@@ -192,6 +192,16 @@ class Settings:
     max_concurrent_requests: int = _setting(
         256, "most inference requests of a model under way at once; one more is answered 503 at once", _positive
     )
+    max_queue_rows: int = _setting(
+        1024, "most rows in the requests of a model under way, one each until it is decoded; then 503", _positive
+    )
+    max_queue_bytes: int = _setting(
+        256 * MIB, "most bytes of all bodies and gRPC messages under way; one more is answered 503", _positive
+    )
+    read_timeout_seconds: int = _setting(
+        30, "seconds that a client may take to send a body, or a gRPC message on the HTTP port; a slower one gets 408",
+        _positive,
+    )  # fmt: skip
     request_timeout_seconds: int = _setting(
         60, "seconds that an inference request may take once it is read; a later one is answered 504 and given up",
         _positive,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from inspect import signature
 from pathlib import Path
 
@@ -106,6 +107,14 @@ class BatchSize(Echo):
             if isinstance(row, bytes) and row.startswith(b"/"):
                 Path(row.decode()).read_bytes()
         return {"rows": np.full(len(rows["rows"]), len(rows["rows"]))}
+
+
+class Slow(BatchSize):
+    """A row takes as many seconds as it says."""
+
+    def predict(self, rows: Rows) -> Rows:
+        time.sleep(sum(float(row) for row in rows["rows"].flat if not row.startswith(b"/")))
+        return super().predict(rows)
 
 
 class EveryCore(BatchSize):

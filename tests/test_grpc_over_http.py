@@ -56,7 +56,7 @@ def frame(message: bytes, compressed: bool = False) -> bytes:
     return struct.pack(">BI", compressed, len(message)) + message
 
 
-def raw_call(server: Server, body: bytes, path: str = INFER, **headers: str) -> dict[str, str]:
+def raw_call(server: Server, body: bytes, path: str = INFER, end: bool = True, **headers: str) -> dict[str, str]:
     """A call by hand; the trailers, which httpx keeps to itself, are read off the connection."""
     connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
     trailers: dict[str, str] = {}
@@ -67,7 +67,8 @@ def raw_call(server: Server, body: bytes, path: str = INFER, **headers: str) -> 
         connection.send_headers(1, [*pseudo, ("content-type", "application/grpc"), ("te", "trailers"), *named])
         for start in range(0, len(body), 16384):
             connection.send_data(1, body[start : start + 16384])
-        connection.end_stream(1)
+        if end:
+            connection.end_stream(1)
         socket.sendall(connection.data_to_send())
         while True:
             for event in connection.receive_data(socket.recv(65536)):
@@ -140,7 +141,7 @@ def test_a_message_that_grows_beyond_the_limit_when_unpacked_is_refused(one_port
 def test_a_call_that_is_not_framed_as_it_must_be_ends_with_a_status(
     body: bytes, headers: dict[str, str], code: grpc.StatusCode, message: str, server: Server
 ) -> None:
-    trailers = raw_call(server, body, **headers)
+    trailers = raw_call(server, body, INFER, True, **headers)
 
     assert trailers["grpc-status"] == str(code.value[0])
     assert trailers["grpc-message"].startswith(message)
@@ -227,3 +228,11 @@ def test_calls_that_end_in_every_way_leave_no_connection_behind(server: Server, 
             call(channel, b"", LIVE)
 
     server.wait_for_descriptors(before)
+
+
+def test_a_message_that_comes_too_slowly_ends_its_call() -> None:
+    with running(ECHO, "--read_timeout_seconds=1") as server:
+        trailers = raw_call(server, frame(bytes(1000))[:500], end=False)
+
+    assert trailers["grpc-status"] == str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+    assert trailers["grpc-message"] == "the request did not come within read_timeout_seconds (1)"

@@ -214,24 +214,6 @@ def test_probes_are_answered_while_the_model_is_busy(
         assert answer.result().status_code == 200
 
 
-def test_one_request_more_than_allowed_is_refused_at_once_and_told_to_try_again(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
-) -> None:
-    only = gate("only")
-    with gated(tmp_path, "--max_concurrent_requests=1") as server, ThreadPoolExecutor() as clients:
-        answer = clients.submit(rest, server, "only")
-        with only.open("wb"):
-            refused = rest(server, "another")
-            with pytest.raises(grpc.RpcError) as error:
-                grpc_infer(server, google, "another")
-        assert answer.result().status_code == 200
-
-    text = "The server is at its limit of concurrent requests; try again."
-    assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (503, {"error": text}, "1")
-    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert error.value.details() == text
-
-
 def test_a_seeded_model_warns_at_every_start(model_dir: Path) -> None:
     with running(f"--model_dir={model_dir}") as server:
         server.stop()

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.pictures import CAT, v1_request
-from tests.servers import Server, read_until
+from tests.servers import Server, read_until, running
 
 LIMIT = 8 * 1024 * 1024
 
@@ -120,3 +120,27 @@ def test_requests_that_come_in_a_row_are_answered_in_a_row(server: Server) -> No
             answers += read_until(connection, b'{"live":true}')
 
     assert answers.count(b'{"live":true}') == 3
+
+
+def test_a_body_that_comes_too_slowly_is_refused_and_its_connection_closed() -> None:
+    with running("--predictor=tests.predictors:Echo", "--read_timeout_seconds=1") as server:
+        with server.connect() as connection:
+            connection.sendall(HALF_A_BODY)
+            answer = read_until(connection, b'(1)"}')
+            assert connection.recv(65536) == b""
+
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'{"error":"the request did not come within read_timeout_seconds (1)"}' in answer
+        assert server.predict('{"instances": [1]}').json() == {"predictions": [1]}
+
+
+@pytest.mark.parametrize("http2", [False, True])
+def test_a_head_of_more_than_16_kib_is_431_before_anything_is_done(http2: bool, server: Server) -> None:
+    with httpx.Client(base_url=server.url, http1=not http2, http2=http2, timeout=30) as client:
+        path = "/v1/models/custom-model:predict"
+        large = client.post(path, content=v1_request(CAT), headers={"x-large": "a" * 17_000})
+        long = client.post(f"{path}?{'a' * 17_000}", content=v1_request(CAT))
+        roomy = client.post(path, content=v1_request(CAT), headers={"x-large": "a" * 15_000})
+
+    assert (large.status_code, long.status_code, roomy.status_code) == (431, 431, 200)
+    assert large.json() == long.json() == {"error": "the request line and headers exceed 16384 bytes"}

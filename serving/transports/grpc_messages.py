@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import betterproto2
 import grpc
@@ -48,7 +49,20 @@ def _refused(message_class: type[M]) -> Iterator[None]:
         raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
 
 
-def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """How a call that raised this ends; what nobody foresaw is logged and not told."""
+class Status(NamedTuple):
+    """How a call ends, and after how long the client should try again (gRFC A6); never, if 0."""
+
+    code: grpc.StatusCode
+    text: str = ""
+    pushback_ms: int = 0
+
+    @property
+    def trailers(self) -> tuple[tuple[str, str], ...]:
+        return (("grpc-retry-pushback-ms", str(self.pushback_ms)),) if self.pushback_ms else ()
+
+
+def status_of(error: Exception) -> Status:
+    """Of a call that raised this; what nobody foresaw is logged and not told."""
     told = public(error)
-    return grpc.StatusCode[told.grpc_status], str(told)
+    pushback_ms = math.ceil(told.retry_after_seconds * 1000) if told.retry else 0
+    return Status(grpc.StatusCode[told.grpc_status], str(told), pushback_ms)

@@ -9,29 +9,29 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
+import time
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import grpc
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from serving.errors import InvalidInput, NotSupported, TooLarge
+from serving.errors import InvalidInput, NotSupported, TooLarge, TooSlow
 from serving.settings import Settings
-from serving.transports.grpc_messages import Metadata, Service, Stream, Unary, status_of
+from serving.transports.grpc_messages import Metadata, Service, Status, Stream, Unary, status_of
 
 PREFIX = struct.Struct(">BI")
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
 TIMEOUT_UNIT_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
-Status = tuple[grpc.StatusCode, str]
-OK = (grpc.StatusCode.OK, "")
+OK = Status(grpc.StatusCode.OK)
 
 
 class GrpcOverHttp:
-    """The ASGI application of one call; behind a BodyGuard, which reads what a failed call leaves unread."""
+    """The ASGI application of one call; behind a Guard, which reads what a failed call leaves unread."""
 
     def __init__(self, services: Sequence[Service], settings: Settings) -> None:
         self._settings = settings
@@ -56,10 +56,11 @@ class GrpcOverHttp:
             await asyncio.wait({reading, answering})
         if answering.cancelled():  # the client left
             return
-        code, text = answering.result()
-        trailers = [(b"grpc-status", b"%d" % code.value[0])]
-        if text:
-            trailers.append((b"grpc-message", quote(text, safe=PRINTABLE).encode()))
+        status = answering.result()
+        trailers = [(b"grpc-status", b"%d" % status.code.value[0])]
+        if status.text:
+            trailers.append((b"grpc-message", quote(status.text, safe=PRINTABLE).encode()))
+        trailers += [(name.encode(), value.encode()) for name, value in status.trailers]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         await send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
 
@@ -67,7 +68,7 @@ class GrpcOverHttp:
         """Sends the messages of the answer, and returns how the call ended."""
         method = self._methods.get(path)
         if method is None:
-            return grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
+            return Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         try:
             async with asyncio.timeout(_timeout_seconds(metadata)):
                 async for message in method(messages, metadata):
@@ -76,7 +77,7 @@ class GrpcOverHttp:
                     body = PREFIX.pack(0, len(message)) + message
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except TimeoutError:
-            return grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"
+            return Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
         except Exception as error:
             return status_of(error)
         return OK
@@ -90,9 +91,9 @@ class GrpcOverHttp:
     ) -> None:
         """Hands messages to the call as they come, and cancels it when its client leaves."""
         try:
-            buffer, more = bytearray(), True
+            buffer, more, deadline = bytearray(), True, None
             while more:
-                event = await receive()
+                event = await self._event(receive, deadline)
                 if event["type"] == "http.disconnect":
                     answering.cancel()
                     return
@@ -100,6 +101,8 @@ class GrpcOverHttp:
                 more = event.get("more_body", False)
                 while (frame := self._take(buffer)) is not None:
                     await inbox.put(await _decompressed(*frame, metadata, self._limit))
+                    deadline = None
+                deadline = (deadline or time.monotonic() + self._settings.read_timeout_seconds) if buffer else None
             if buffer:
                 raise InvalidInput("the call ends in the middle of a message")
             await inbox.put(None)
@@ -109,6 +112,14 @@ class GrpcOverHttp:
         while (await receive())["type"] != "http.disconnect":
             pass
         answering.cancel()
+
+    async def _event(self, receive: Receive, deadline: float | None) -> Message:
+        """The next one; before the deadline, where a message has begun already. Raises TooSlow."""
+        try:
+            async with asyncio.timeout(deadline and deadline - time.monotonic()):
+                return await receive()
+        except TimeoutError:
+            raise TooSlow(self._settings.read_timeout_seconds) from None
 
     def _take(self, buffer: bytearray) -> tuple[bool, bytes] | None:
         """The first whole message, whether it is compressed, and removes it. Raises TooLarge before it has come."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import grpc
@@ -18,7 +18,7 @@ from serving.errors import PortInUse
 from serving.logs import REQUEST_ID
 from serving.settings import Settings
 from serving.transports import access_log
-from serving.transports.grpc_messages import Service, Stream, Unary, status_of
+from serving.transports.grpc_messages import Service, Status, Stream, Unary, status_of
 
 NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 
@@ -112,8 +112,8 @@ def _unary(method: Unary, line_of: LineOf) -> Any:
                 call.status, call.sent_bytes = grpc.StatusCode.OK, len(response)
                 return response
             except Exception as error:
-                call.status, text = status_of(error)
-            return await context.abort(call.status, text)
+                status = status_of(error)
+            return await _end(call, status, context)
 
     # No deserializer: grpc would answer what it raises with UNKNOWN and its text.
     return grpc.unary_unary_rpc_method_handler(answer)
@@ -130,10 +130,15 @@ def _stream(method: Stream, line_of: LineOf) -> Any:
                     yield message
                 call.status = grpc.StatusCode.OK
             except Exception as error:
-                call.status, text = status_of(error)
-                await context.abort(call.status, text)
+                await _end(call, status_of(error), context)
 
     return grpc.stream_stream_rpc_method_handler(answer)
+
+
+async def _end(call: _Call, status: Status, context: Context) -> NoReturn:
+    call.status = status.code
+    context.set_trailing_metadata((*context.trailing_metadata(), *status.trailers))
+    await context.abort(status.code, status.text)
 
 
 def _metadata(context: Context) -> dict[str, str]:

@@ -80,7 +80,7 @@ class InferenceService(Service):
         )
 
     async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
-        with self._dataplane.counted("grpc"):
+        with self._dataplane.counted("grpc"), self._dataplane.bodies.held(len(message)):
             self._dataplane.metrics.received("grpc", len(message))
             name = parse_text(pb.ModelInferRequest, message, MODEL_NAME)
             exchange = _Exchange(name, message, metadata)

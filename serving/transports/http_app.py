@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +20,10 @@ from serving.transports import rest_docs, rest_ops, rest_repository, rest_v1, re
 from serving.transports.access_log import AccessLog
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
-from serving.transports.rest_guard import BodyGuard
+from serving.transports.rest_guard import Guard
 from serving.transports.rest_json import error_response, json_response
 
 ROOMS = (rest_ops, rest_v1, rest_v2, rest_repository, rest_docs)
-NO_LIMIT = sys.maxsize
 
 
 def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: Settings) -> ASGIApp:
@@ -39,8 +37,8 @@ def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: S
             Exception: _internal_error,
         },
     )
-    guarded_rest = BodyGuard(rest, settings.max_body_bytes)
-    guarded_grpc = BodyGuard(GrpcOverHttp(services, settings), NO_LIMIT)  # it limits each message
+    guarded_rest = Guard(rest, dataplane.bodies, settings)
+    guarded_grpc = Guard(GrpcOverHttp(services, settings), dataplane.bodies, settings, endless=True)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await (guarded_grpc if services and _is_grpc(scope) else guarded_rest)(scope, receive, send)

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import TooLarge
+from serving.admission import Bodies
+from serving.errors import HeadersTooLarge, TooLarge, TooSlow
+from serving.settings import Settings
+from serving.transports.rest_json import error_response
 
 LINGER_SECONDS = 5.0
+MOST_HEADER_BYTES = 16 * 1024  # of request line and headers; Hypercorn itself counts only what is incomplete
 
 
-class BodyGuard:
-    """Bounds a body by its Content-Length and by what arrives, and reads to its end what the application left.
+class Guard:
+    """Bounds a request's head, and its body by what is declared, what comes and when; reads what the application left.
 
     An answer to a body that nobody reads would reset the client's connection before it saw the answer, and blocks
     Hypercorn's `send` for ever once ten chunks wait: so the unread rest is dropped while the answer is sent.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, bodies: Bodies, settings: Settings, endless: bool = False) -> None:
+        """`endless` bodies may take any time and size: they are messages, which the application limits."""
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
+        self._settings = settings
+        self._endless = endless
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(scope, receive, self._max_body_bytes)
+        body = _Body(scope, receive, self._bodies, self._settings, self._endless)
 
         async def send_after_body(message: Message) -> None:
             last = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -42,26 +50,46 @@ class BodyGuard:
                 rest.cancel()
                 await asyncio.wait({rest})
 
-        await self._app(scope, body.receive, send_after_body)
+        try:
+            await self._app_for(scope)(scope, body.receive, send_after_body)
+        finally:
+            self._bodies.give_back(body.held_bytes)
+
+    def _app_for(self, scope: Scope) -> ASGIApp:
+        size_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+        size_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size_bytes <= MOST_HEADER_BYTES:
+            return self._app
+        return error_response(HeadersTooLarge(MOST_HEADER_BYTES))
 
 
 class _Body:
-    def __init__(self, scope: Scope, receive: Receive, max_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, bodies: Bodies, settings: Settings, endless: bool) -> None:
         self._receive = receive
-        self._max_bytes = max_bytes
-        self._received_bytes = 0
+        self._bodies = bodies
+        self._settings = settings
+        self._most_bytes = math.inf if endless else settings.max_body_bytes
+        self._deadline = None if endless else asyncio.get_running_loop().time() + settings.read_timeout_seconds
         self._declared_bytes = next(
             (int(value) for name, value in scope["headers"] if name == b"content-length" and value.isdigit()), 0
         )
+        self.held_bytes = 0
         self.finished = False
 
     async def receive(self) -> Message:
-        """Raises TooLarge."""
-        if self._declared_bytes > self._max_bytes:
+        """Raises TooLarge, TooSlow and Overloaded."""
+        if self._declared_bytes > self._most_bytes:
             raise self._too_large()
-        message = await self._next()
-        if self._received_bytes > self._max_bytes:
+        try:
+            async with asyncio.timeout_at(None if self.finished else self._deadline):
+                message = await self._next()
+        except TimeoutError:
+            raise TooSlow(self._settings.read_timeout_seconds) from None
+        size_bytes = len(message.get("body", b""))
+        if self.held_bytes + size_bytes > self._most_bytes:
             raise self._too_large()
+        self._bodies.take(size_bytes)
+        self.held_bytes += size_bytes
         return message
 
     async def drop_rest(self) -> None:
@@ -70,9 +98,8 @@ class _Body:
 
     async def _next(self) -> Message:
         message = await self._receive()
-        self._received_bytes += len(message.get("body", b""))
         self.finished = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body exceeds max_body_bytes ({self._max_bytes})")
+        return TooLarge(f"the body exceeds max_body_bytes ({self._settings.max_body_bytes})")

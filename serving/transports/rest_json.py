@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -11,8 +14,6 @@ from starlette.responses import Response
 
 from serving.errors import ClientLeft, InvalidInput, ServingError, UnsupportedMediaType
 from serving.metrics import Metrics
-
-RETRY_AFTER_SECONDS = 1
 
 # The form type is what `curl -d` sends, none at all what KServe's batcher sends: both mean JSON.
 JSON_TYPES = {
@@ -60,6 +61,31 @@ async def read_inference(request: Request, metrics: Metrics, protocol: str) -> b
     return body
 
 
+@asynccontextmanager
+async def while_client_stays(request: Request) -> AsyncIterator[None]:
+    """Around what answers a request that is read: cancelled where its client leaves. Raises ClientLeft then."""
+    answering, left = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        if answering:
+            answering.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if left and answering and not answering.uncancel():
+            raise ClientLeft from None
+        raise
+    finally:
+        watching.cancel()
+        await asyncio.wait({watching})
+
+
 def parse_json(body: bytes) -> Any:
     """Raises InvalidInput."""
     try:
@@ -78,7 +104,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 
 def error_response(error: ServingError) -> Response:
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if error.retry else None
+    headers = {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))} if error.retry else None
     return json_response({"error": str(error)}, error.http_status, headers)
 
 

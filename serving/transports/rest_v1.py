@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
-from serving.transports.rest_json import body_type, json_response, read_inference
+from serving.transports.rest_json import body_type, json_response, read_inference, while_client_stays
 from serving.transports.rest_v1_codec import PredictExchange
 
 
@@ -24,11 +24,12 @@ def routes(dataplane: DataPlane) -> list[Route]:
     async def predict(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v1"):
             name = request.path_params["model"]
-            dataplane.repository.get_ready(name)
+            dataplane.check_open(name)
             kind = body_type(request.headers, images=True)
             body = await read_inference(request, dataplane.metrics, "v1")
             exchange = PredictExchange(name, dict(request.headers), kind, body, dataplane.settings)
-            answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
+            async with while_client_stays(request):
+                answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v1", len(answer))
             return HttpResponse(answer, headers=headers)
 

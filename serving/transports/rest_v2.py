@@ -12,7 +12,7 @@ from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
 from serving.tensors import TensorSpec
-from serving.transports.rest_json import body_type, json_response, read_inference
+from serving.transports.rest_json import body_type, json_response, read_inference, while_client_stays
 from serving.transports.rest_v2_codec import LENGTH_HEADER, InferExchange
 
 
@@ -47,12 +47,13 @@ def routes(dataplane: DataPlane) -> list[Route]:
     async def infer(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v2"):
             name = request.path_params["model"]
-            dataplane.repository.get_ready(name)
+            dataplane.check_open(name)
             if LENGTH_HEADER not in request.headers:
                 body_type(request.headers)  # JSON, or refused; with that header it is what the header says
             body = await read_inference(request, dataplane.metrics, "v2")
             exchange = InferExchange(name, dict(request.headers), body)
-            answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
+            async with while_client_stays(request):
+                answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v2", len(answer))
             return HttpResponse(answer, headers=headers)
 

@@ -1,0 +1,160 @@
+"""serving/admission.py: who comes when there is no room is refused at once, and told when there will be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import grpc
+import httpx
+import pytest
+
+from tests.conftest import grpc_call
+from tests.servers import gated, read_until, running
+from tests.test_grpc import image_request
+from tests.test_lifecycle import grpc_infer, rest
+from tests.test_metrics import ended, value, wait_for
+
+ECHO = "--predictor=tests.predictors:Echo"
+SIZES = "--predictor=tests.predictors:BatchSize"
+
+
+def refusal(limit: str) -> dict[str, str]:
+    return {"error": f"The server is at its limit of {limit}; try again."}
+
+
+def test_one_request_more_than_allowed_is_refused_at_once_and_told_to_try_again(
+    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    only = gate("only")
+    with gated(tmp_path, "--max_concurrent_requests=1") as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(rest, server, "only")
+        with only.open("wb"):
+            refused = rest(server, "another")
+            with pytest.raises(grpc.RpcError) as error:
+                grpc_infer(server, google, "another")
+        assert answer.result().status_code == 200
+
+    text = refusal("requests (max_concurrent_requests)")
+    assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (503, text, "1")
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.value.details() == text["error"]
+
+
+def test_a_refusal_does_not_wait_for_the_body(tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    only = gate("only")
+    with (
+        gated(tmp_path, "--max_concurrent_requests=1") as server,
+        ThreadPoolExecutor() as clients,
+        server.connect() as connection,
+    ):
+        answer = clients.submit(rest, server, "only")
+        with only.open("wb"):
+            connection.sendall(
+                b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+            )
+            assert read_until(connection, b'try again."}').startswith(b"HTTP/1.1 503 ")
+        assert answer.result().status_code == 200
+
+
+@pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
+def test_a_refused_client_is_told_to_wait_as_long_as_what_is_under_way_takes(
+    port: str, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    gates = [gate("one"), gate("two")]
+    with (
+        running("--predictor=tests.predictors:Slow", "--max_concurrent_requests=2", "--max_batch_size=1") as server,
+        ThreadPoolExecutor() as clients,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port if port == 'gRPC port' else server.http_port}") as channel,
+    ):
+        for _ in range(2):
+            assert server.predict('{"instances": ["0.7"]}').status_code == 200
+        answers = [clients.submit(server.predict, json.dumps({"instances": [str(held)]})) for held in gates]
+        wait_for(lambda: value(server, "serving_requests_under_way") == 2, server)
+
+        refused = server.predict('{"instances": ["0"]}')
+        with pytest.raises(grpc.RpcError) as error:
+            grpc_call(channel, google, "ModelInfer", image_request(google, b"0"))
+        for held in gates:
+            clients.submit(held.write_bytes, b"")
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+    trailers = {entry.key: entry.value for entry in error.value.trailing_metadata()}
+    assert 1400 <= int(trailers["grpc-retry-pushback-ms"]) <= 2000
+
+
+def test_rows_count_and_not_requests_alone(gate: Callable[[str], Path]) -> None:
+    held = gate("held")
+    with running(SIZES, "--max_queue_rows=3") as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(server.predict, json.dumps({"instances": [str(held), "a", "b"]}))
+        with held.open("wb"):
+            refused = server.predict('{"instances": ["c"]}')
+            assert (refused.status_code, refused.json()) == (503, refusal("rows (max_queue_rows)"))
+        assert answer.result().json() == {"predictions": [3, 3, 3]}
+        assert server.predict('{"instances": ["c"]}').json() == {"predictions": [1]}
+
+
+@pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
+def test_bodies_and_messages_take_no_more_memory_together_than_allowed(
+    port: str, gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    held, size = gate("held"), 600_000
+    body = json.dumps({"instances": [str(held)]}).ljust(size)
+    with running(SIZES, "--max_queue_bytes=1000000") as server, ThreadPoolExecutor() as clients:
+        target = f"127.0.0.1:{server.grpc_port if port == 'gRPC port' else server.http_port}"
+        with grpc.insecure_channel(target) as channel:
+            answer = clients.submit(server.predict, body)
+            with held.open("wb"):
+                refused = server.predict(" " * size)
+                assert (refused.status_code, refused.json()) == (503, refusal("bytes (max_queue_bytes)"))
+                with pytest.raises(grpc.RpcError, match="max_queue_bytes") as error:
+                    grpc_call(channel, google, "ModelInfer", image_request(google, b" " * size))
+                assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert server.predict("[]".ljust(100_000)).status_code == 400
+            assert answer.result().status_code == 200
+            message = image_request(google, b"a".ljust(400_000))
+            assert grpc_call(channel, google, "ModelInfer", message).outputs[0].contents.int64_contents == [1]
+
+
+def test_half_bodies_give_their_memory_back_when_their_clients_leave() -> None:
+    head = b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 700000\r\n\r\n"
+    with running(ECHO, "--max_queue_bytes=1000000") as server:
+        for _ in range(5):
+            with server.connect() as connection:
+                connection.sendall(head + b" " * 600_000)
+                wait_for(lambda: server.predict(" " * 600_000).status_code == 503, server)
+            wait_for(lambda: server.predict("[]".ljust(600_000)).status_code == 400, server)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("http2", [False, True])
+def test_a_client_that_leaves_takes_its_request_out_of_the_queue(
+    version: str, http2: bool, gate: Callable[[str], Path]
+) -> None:
+    path, body = {
+        "v1": ("/v1/models/custom-model:predict", '{"instances": ["a"]}'),
+        "v2": (
+            "/v2/models/custom-model/infer",
+            '{"inputs": [{"name": "a", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}',
+        ),
+    }[version]
+    held = gate("held")
+    with running(SIZES) as server, ThreadPoolExecutor() as clients:
+        first = clients.submit(server.predict, json.dumps({"instances": [str(held)]}))
+        with held.open("wb"):
+            with (
+                httpx.Client(base_url=server.url, http1=not http2, http2=http2, timeout=0.3) as leaving,
+                pytest.raises(httpx.ReadTimeout),
+            ):
+                leaving.post(path, content=body)
+            wait_for(lambda: ended(server).get((version, "cancelled")) == 1, server)
+            assert value(server, "serving_requests_under_way") == 1
+            behind = clients.submit(server.predict, '{"instances": ["b"]}')
+            wait_for(lambda: value(server, "serving_requests_at_model") == 2, server)
+        assert first.result().json() == {"predictions": [1]}
+        assert behind.result().json() == {"predictions": [1]}
+        assert value(server, "serving_dropped_requests_total", model_name="custom-model") == 1
