@@ -23,7 +23,7 @@ from serving.models import load, make_models
 from serving.repository import Repository
 from serving.settings import Settings
 from serving.shared_weights import forget_shared_models
-from serving.sockets import Inherited, bind_http, inherited
+from serving.sockets import Inherited, allow_descriptors, bind_http, inherited
 from serving.threads import Threads
 from serving.transports.grpc_health import HealthService
 from serving.transports.grpc_messages import Service
@@ -40,6 +40,7 @@ CANCEL_SECONDS = 0.1
 
 def run(settings: Settings) -> None:
     """Serve until a signal, and answer what was accepted before it. Raises StartError."""
+    allow_descriptors()
     loop_factory = _loop_factory(settings.event_loop)
     supervised = inherited(os.environ)
     # Bound at once: that a port is in use is known before a model is loaded.

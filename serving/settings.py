@@ -178,6 +178,10 @@ class Settings:
         "format of the line a request, as '%(h)s %(request_line)s %(s)s %(M)s', with asgi-logger's atoms",
         _is_format,
     )
+    max_connections: int = _setting(
+        1000, "most connections to each port; for one more on the HTTP port, that which is idle longest is closed",
+        _positive,
+    )  # fmt: skip
     max_body_bytes: int = _setting(8 * MIB, "largest REST body; a larger one is answered 413", _positive)
     grpc_max_receive_message_length: int = _setting(
         8 * MIB, "largest gRPC request in bytes; a larger one is answered RESOURCE_EXHAUSTED", _positive
@@ -207,7 +211,7 @@ class Settings:
         _positive,
     )  # fmt: skip
     timeout_keep_alive: int = _setting(
-        65, "seconds that an idle HTTP connection stays open; keep it above the idle timeout of the proxy in front",
+        65, "seconds that an idle connection stays open; keep it above the idle timeout of the proxy in front",
         _positive,
     )  # fmt: skip
     grace_period_seconds: int = _setting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ class Inherited:
 
     supervisor: socket.socket
     http: Sequence[socket.socket]
+
+
+def allow_descriptors() -> None:
+    """As many connections and files as the system lets this process have; a shell's default is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def inherited(environment: Mapping[str, str]) -> Inherited | None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import socket
 import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import grpc
 import httpx
 import pytest
 
+from tests.conftest import grpc_call
 from tests.servers import Server, gated, read_until, running, start_failing
 
 GATED_REQUEST = (
@@ -89,3 +94,52 @@ def test_an_address_that_is_not_ours_stops_the_start(host: str) -> None:
 
     assert (code, len(lines)) == (3, 1)
     assert lines[0].startswith("app.py: HTTP cannot listen on port 0 of ")
+
+
+def test_of_too_many_connections_the_one_that_is_idle_longest_is_closed_for_the_newcomer() -> None:
+    with (
+        running("--predictor=tests.predictors:Echo", "--max_connections=2") as server,
+        server.connect() as oldest,
+        server.connect() as used,
+    ):
+        for connection in (oldest, used, oldest):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            read_until(connection, b'{"status":"alive"}')
+
+        assert server.get("/v2/health/ready").json() == {"ready": True}
+        assert used.recv(65536) == b""
+        oldest.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_until(oldest, b'{"status":"alive"}')
+
+
+def test_where_every_connection_has_a_request_one_more_is_refused(tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    held = gate("held")
+    with gated(tmp_path, "--max_connections=1") as server:
+        with server.connect() as busy:
+            busy.sendall(GATED_REQUEST.replace(b"26", b"23") % b"held")
+            with held.open("wb"), server.connect() as refused:
+                assert refused.recv(65536).startswith(b"HTTP/1.1 503 ")
+                assert refused.recv(65536) == b""
+            assert read_until(busy, b'["held"]}').startswith(b"HTTP/1.1 200 ")
+        assert server.get("/").status_code == 200
+
+
+def test_the_grpc_port_takes_no_more_connections_than_allowed(google: ModuleType) -> None:
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    with (
+        running("--predictor=tests.predictors:Echo", "--max_connections=1") as server,
+        grpc.insecure_channel(server.grpc_address, alone) as first,
+        grpc.insecure_channel(server.grpc_address, alone) as second,
+    ):
+        assert grpc_call(first, google, "ServerLive", google.ServerLiveRequest()).live
+        with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+            grpc_call(second, google, "ServerLive", google.ServerLiveRequest())
+        assert grpc_call(first, google, "ServerLive", google.ServerLiveRequest()).live
+
+
+def test_a_shells_limit_of_descriptors_is_no_limit_of_connections() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with running("--predictor=tests.predictors:Echo") as server:
+        limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+
+    assert re.search(rf"^Max open files +{most} +{most} ", limits, re.MULTILINE)

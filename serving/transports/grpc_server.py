@@ -20,6 +20,7 @@ from serving.settings import Settings
 from serving.transports import access_log
 from serving.transports.grpc_messages import Service, Status, Stream, Unary, status_of
 
+MOST_STREAMS = 1000
 NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 
 
@@ -39,6 +40,9 @@ class GrpcServer:
         options = [
             ("grpc.max_receive_message_length", settings.grpc_max_receive_message_length),
             ("grpc.max_send_message_length", settings.grpc_max_send_message_length),
+            ("grpc.max_allowed_incoming_connections", settings.max_connections),
+            ("grpc.max_concurrent_streams", MOST_STREAMS),
+            ("grpc.max_connection_idle_ms", settings.timeout_keep_alive * 1000),
             ("grpc.so_reuseport", int(self._shared)),
         ]
         self._server = grpc.aio.server(options=options)

@@ -8,13 +8,12 @@ import socket
 from collections.abc import Sequence
 from typing import cast
 
-import hypercorn.asyncio.run
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config
+import hypercorn.asyncio
 from hypercorn.typing import Framework
 from starlette.types import ASGIApp
 
 from serving.settings import Settings
+from serving.transports.http_connections import Connections, HttpConfig
 
 BACKLOG = 2048
 MOST_STREAMS = 1000
@@ -26,9 +25,11 @@ class HttpServer:
 
     def __init__(self, sockets: Sequence[socket.socket], settings: Settings, shared: bool = False) -> None:
         self._sockets = sockets
-        self._config = Config()
+        self._config = HttpConfig()
+        self._config.connections = Connections(settings.max_connections)
         self._config.keep_alive_timeout = settings.timeout_keep_alive
         self._config.graceful_timeout = NEVER  # the lifecycle has the deadline
+        self._config.ssl_handshake_timeout = settings.read_timeout_seconds
         self._config.keep_alive_max_requests = NEVER  # at its default every HTTP/2 connection breaks at request 1001
         self._config.h2_max_concurrent_streams = MOST_STREAMS  # one more, and Hypercorn drops the whole connection
         # As many as asyncio accepts at a time: where it takes all, one of two workers gets 14 to 16 of 16 (measured).
@@ -56,28 +57,3 @@ class HttpServer:
 
         self._config.bind = [f"fd://{listener.detach()}" for listener in self._sockets]
         await hypercorn.asyncio.serve(cast(Framework, app), self._config, shutdown_trigger=until_stop, mode="asgi")
-
-
-class _Connection(TCPServer):
-    """Ends when its client has left, which in Hypercorn 0.18 it does not.
-
-    There it waits for the idle timer: every call of a client that closes its connection, as curl does, would hold a
-    descriptor for timeout_keep_alive. Here the timer is stopped, and a last response does not start it again. And an
-    HTTP/2 response waits for ever in its buffer, which nobody empties any more: here the buffers are closed.
-    """
-
-    _client_left = False
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        self._client_left = True
-        await self.idle_task.stop()
-        for buffer in getattr(self.protocol.protocol, "stream_buffers", {}).values():
-            await buffer.close()
-
-    async def _idle_timeout(self) -> None:
-        if not self._client_left:
-            await super()._idle_timeout()
-
-
-hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]

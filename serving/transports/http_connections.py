@@ -1,0 +1,90 @@
+"""The connections of the HTTP port: Hypercorn's, bounded in their number, and ended when their client has left."""
+
+from __future__ import annotations
+
+import hypercorn.asyncio.run
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.config import Config
+from hypercorn.events import Event, Updated
+
+REFUSAL = b"HTTP/1.1 503 \r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class Connections:
+    """Who is connected. Of too many, the one that has been without a request longest is closed for the newcomer."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._busy: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}  # the longest idle first
+
+    def make_room(self) -> bool:
+        """False where every connection has a request."""
+        if len(self._busy) + len(self._idle) < self._most:
+            return True
+        if not self._idle:
+            return False
+        oldest = next(iter(self._idle))
+        self.forget(oldest)
+        oldest.writer.close()
+        return True
+
+    def idle(self, connection: Connection) -> None:
+        self._busy.discard(connection)
+        self._idle.setdefault(connection)
+
+    def busy(self, connection: Connection) -> None:
+        self._idle.pop(connection, None)
+        self._busy.add(connection)
+
+    def forget(self, connection: Connection) -> None:
+        self._busy.discard(connection)
+        self._idle.pop(connection, None)
+
+
+class HttpConfig(Config):
+    connections: Connections
+
+
+class Connection(TCPServer):
+    """Ends when its client has left, which in Hypercorn 0.18 it does not.
+
+    There it waits for the idle timer: every call of a client that closes its connection, as curl does, would hold a
+    descriptor for timeout_keep_alive. Here the timer is stopped, and a last response does not start it again. And an
+    HTTP/2 response waits for ever in its buffer, which nobody empties any more: here the buffers are closed.
+    """
+
+    config: HttpConfig
+    _client_left = False
+
+    async def run(self) -> None:
+        connections = self.config.connections
+        if not connections.make_room():
+            self.writer.write(REFUSAL)
+            await self._close()
+            return
+        connections.idle(self)
+        try:
+            await super().run()
+        finally:
+            self._client_left = True
+            connections.forget(self)
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated) and not self._client_left:
+            (self.config.connections.idle if event.idle else self.config.connections.busy)(self)
+        await super().protocol_send(event)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._client_left = True
+        await self.idle_task.stop()
+        for buffer in getattr(self.protocol.protocol, "stream_buffers", {}).values():
+            await buffer.close()
+
+    async def _idle_timeout(self) -> None:
+        if not self._client_left:
+            await super()._idle_timeout()
+
+
+hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined]
