@@ -54,6 +54,10 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     settings = Settings(**values)
     if settings.http_port == settings.grpc_port != 0:
         raise BadSetting(f"--http_port and --grpc_port are both {settings.http_port}: give each a port of its own")
+    if bool(settings.ssl_certfile) != bool(settings.ssl_keyfile):
+        raise BadSetting("--ssl_certfile and --ssl_keyfile belong together: give both")
+    if settings.ssl_ca_certs and not settings.ssl_certfile:
+        raise BadSetting("--ssl_ca_certs needs --ssl_certfile: certificates are shown over TLS")
     if settings.drain_delay_seconds >= settings.grace_period_seconds:
         raise BadSetting("--drain_delay_seconds is part of --grace_period_seconds, and must be smaller")
     if settings.workers > 1 and settings.engine == "ray":

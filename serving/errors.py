@@ -37,6 +37,13 @@ class InvalidInput(ServingError):
     grpc_status = "INVALID_ARGUMENT"
 
 
+class Unauthenticated(ServingError):
+    """The client has not shown what lets it in. Raised by credentials."""
+
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+
+
 class ModelNotFound(ServingError):
     """No model of that name is served. Raised by repository."""
 

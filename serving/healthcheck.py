@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import ssl
 import sys
 from pathlib import Path
 
@@ -19,7 +20,11 @@ def main(process_id: str = "1") -> int:
     """An exit code: 0 where a prediction would be answered now."""
     _, _, flags = Path(f"/proc/{process_id}/cmdline").read_text().rstrip("\0").partition("app.py")
     settings = parse_settings(flags.split("\0")[1:], os.environ)
-    connection = http.client.HTTPConnection(settings.host or "localhost", settings.http_port, timeout=TIMEOUT_SECONDS)
+    host = settings.host or "localhost"
+    connection = http.client.HTTPConnection(host, settings.http_port, timeout=TIMEOUT_SECONDS)
+    if settings.ssl_certfile:  # whose name is hardly this host's
+        unverified = ssl._create_unverified_context()  # noqa: S323
+        connection = http.client.HTTPSConnection(host, settings.http_port, timeout=TIMEOUT_SECONDS, context=unverified)
     try:
         connection.request("GET", "/v2/health/ready")
         return 0 if connection.getresponse().status == 200 else 1

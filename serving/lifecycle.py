@@ -15,6 +15,7 @@ from typing import Any
 from serving import STOP_SIGNALS
 from serving.cores import Cores
 from serving.cpus import available_cpus
+from serving.credentials import Credentials
 from serving.dataplane import DataPlane
 from serving.errors import BadSetting, DrainCut, EngineLost
 from serving.local_model import Shared
@@ -46,8 +47,9 @@ def run(settings: Settings) -> None:
     # Bound at once: that a port is in use is known before a model is loaded.
     sockets = supervised.http if supervised else bind_http(settings.host, settings.http_port)
     http = HttpServer(sockets, settings, shared=supervised is not None)
+    credentials = Credentials(settings)
     with loaded(settings) as dataplane, asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(_serve(http, dataplane, settings, supervised))
+        runner.run(_serve(http, dataplane, credentials, settings, supervised))
 
 
 @contextmanager
@@ -65,12 +67,14 @@ def loaded(settings: Settings) -> Iterator[DataPlane]:
         repository.close()
 
 
-async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, supervised: Inherited | None) -> None:
+async def _serve(
+    http: HttpServer, dataplane: DataPlane, credentials: Credentials, settings: Settings, supervised: Inherited | None
+) -> None:
     stop, at_once, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, lambda: (at_once if stop.is_set() else stop).set())
     services = _services(dataplane, settings)
-    grpc = GrpcServer(services, settings, shared=supervised is not None) if services else None
+    grpc = GrpcServer(services, credentials, settings, shared=supervised is not None) if services else None
     if grpc:
         await grpc.start()
     http.listen()
@@ -86,7 +90,7 @@ async def _serve(http: HttpServer, dataplane: DataPlane, settings: Settings, sup
         _report(supervised.supervisor, stop)
     async with asyncio.TaskGroup() as tasks:
         watch = tasks.create_task(_watch(dataplane.repository, stop))
-        listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, settings), closing))]
+        listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, credentials, settings), closing))]
         if grpc:
             listeners.append(tasks.create_task(grpc.serve(closing)))
         await stop.wait()

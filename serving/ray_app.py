@@ -15,6 +15,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from serving.command_line import parse_settings
+from serving.credentials import Credentials
 from serving.lifecycle import loaded
 from serving.logs import configure_logging
 from serving.settings import Settings
@@ -27,7 +28,7 @@ atexit.register(AT_EXIT.close)
 def _http_app(settings: Settings) -> ASGIApp:
     """In a replica, when it starts."""
     configure_logging(settings, os.environ)
-    return make_http_app(AT_EXIT.enter_context(loaded(settings)), [], settings)
+    return make_http_app(AT_EXIT.enter_context(loaded(settings)), [], Credentials(settings), settings)
 
 
 # Ray runs it already, whatever --engine says.

@@ -93,6 +93,17 @@ class Settings:
         "", "v1, v2 or grpc-v2, as KServe's PROTOCOL says it; checked and logged only, since all are served at once",
         _one_of("v1", "v2", "grpc-v2"),
     )  # fmt: skip
+    ssl_certfile: Path | None = _setting(
+        None, "certificate and its chain, PEM; with it both ports speak TLS only, and --ssl_keyfile is needed"
+    )
+    ssl_keyfile: Path | None = _setting(None, "its private key, PEM, without a password")
+    ssl_ca_certs: Path | None = _setting(
+        None,
+        "CAs of clients' certificates, PEM; without one of theirs nothing but the HTTP port's probes is answered",
+    )
+    api_key_file: Path | None = _setting(
+        None, "keys, one a line; nothing but probes is answered without Authorization: Bearer and one of them"
+    )
     cors_allow_origins: str = _setting(
         "", "web pages that may call, as origins separated by commas; * is every one, as in the tutorial; else none"
     )

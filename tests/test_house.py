@@ -19,6 +19,7 @@ FLOORS = {
     "serving.transports": 7,
     "serving.dataplane": 6,
     "serving.admission": 2,
+    "serving.credentials": 2,
     "serving.models": 7,
     "serving.ray_engine": 6,
     "serving.ray_replica": 6,

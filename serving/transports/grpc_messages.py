@@ -21,6 +21,16 @@ Unary = Callable[[bytes, Metadata], Awaitable[bytes]]
 Stream = Callable[[AsyncIterator[bytes], Metadata], AsyncIterator[bytes]]
 
 
+PROBES = {
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+    "/inference.GRPCInferenceService/ModelReady",
+}
+"""Methods that are everybody's."""
+
+
 class Service:
     """Methods by name, answered under each of the full service names; they raise ServingError."""
 

@@ -18,9 +18,11 @@ from urllib.parse import quote
 import grpc
 from starlette.types import Message, Receive, Scope, Send
 
+from serving.credentials import Credentials
 from serving.errors import InvalidInput, NotSupported, TooLarge, TooSlow
 from serving.settings import Settings
-from serving.transports.grpc_messages import Metadata, Service, Status, Stream, Unary, status_of
+from serving.transports.grpc_messages import PROBES, Metadata, Service, Status, Stream, Unary, status_of
+from serving.transports.http_connections import has_certificate
 
 PREFIX = struct.Struct(">BI")
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
@@ -33,7 +35,8 @@ OK = Status(grpc.StatusCode.OK)
 class GrpcOverHttp:
     """The ASGI application of one call; behind a Guard, which reads what a failed call leaves unread."""
 
-    def __init__(self, services: Sequence[Service], settings: Settings) -> None:
+    def __init__(self, services: Sequence[Service], credentials: Credentials, settings: Settings) -> None:
+        self._credentials = credentials
         self._settings = settings
         self._methods: dict[str, Stream] = {}
         for service in services:
@@ -46,7 +49,7 @@ class GrpcOverHttp:
         content_type = (b"content-type", b"application/grpc")
         await send({"type": "http.response.start", "status": 200, "headers": [content_type], "trailers": True})
         inbox: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
-        answering = asyncio.create_task(self._answer(scope["path"], metadata, _messages(inbox), send))
+        answering = asyncio.create_task(self._answer(scope, metadata, _messages(inbox), send))
         reading = asyncio.create_task(self._read(receive, metadata, inbox, answering))
         try:
             await asyncio.wait({answering})
@@ -64,12 +67,15 @@ class GrpcOverHttp:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         await send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
 
-    async def _answer(self, path: str, metadata: Metadata, messages: AsyncIterator[bytes], send: Send) -> Status:
+    async def _answer(self, scope: Scope, metadata: Metadata, messages: AsyncIterator[bytes], send: Send) -> Status:
         """Sends the messages of the answer, and returns how the call ended."""
+        path = scope["path"]
         method = self._methods.get(path)
         if method is None:
             return Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         try:
+            if path not in PROBES:
+                self._credentials.check(metadata.get("authorization", ""), has_certificate(scope))
             async with asyncio.timeout(_timeout_seconds(metadata)):
                 async for message in method(messages, metadata):
                     if len(message) > self._settings.grpc_max_send_message_length:

@@ -14,11 +14,12 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
+from serving.credentials import Credentials
 from serving.errors import PortInUse
 from serving.logs import REQUEST_ID
 from serving.settings import Settings
 from serving.transports import access_log
-from serving.transports.grpc_messages import Service, Status, Stream, Unary, status_of
+from serving.transports.grpc_messages import PROBES, Service, Status, Stream, Unary, status_of
 
 MOST_STREAMS = 1000
 NEVER = float(10**6)  # seconds; the lifecycle has the deadline
@@ -27,8 +28,9 @@ NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 class GrpcServer:
     """One listener; every method answers its errors with the status that their class declares."""
 
-    def __init__(self, services: Sequence[Service], settings: Settings, shared: bool) -> None:
+    def __init__(self, services: Sequence[Service], credentials: Credentials, settings: Settings, shared: bool) -> None:
         """Not `shared`, a port that somebody listens on already is refused."""
+        self._credentials = credentials
         self._settings = settings
         self._shared = shared
         self._services = services
@@ -48,15 +50,19 @@ class GrpcServer:
         self._server = grpc.aio.server(options=options)
         for service in self._services:
             for name in service.names:
-                handlers = {method: _unary(call, self._line(name, method)) for method, call in service.unary.items()}
-                handlers |= {
-                    method: _stream(call, self._line(name, method)) for method, call in service.streams.items()
-                }
+                handlers = {}
+                for method, unary in service.unary.items():
+                    handlers[method] = _unary(unary, *self._around(f"/{name}/{method}"))
+                for method, stream in service.streams.items():
+                    handlers[method] = _stream(stream, *self._around(f"/{name}/{method}"))
                 self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
         host = settings.host or "::"
         address = f"[{host}]:{settings.grpc_port}" if ":" in host else f"{host}:{settings.grpc_port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if settings.ssl_certfile:
+                self.port = self._server.add_secure_port(address, _tls(settings))
+            else:
+                self.port = self._server.add_insecure_port(address)
         except RuntimeError:
             raise PortInUse(
                 f"gRPC cannot listen on port {settings.grpc_port}: choose another with --grpc_port"
@@ -68,8 +74,10 @@ class GrpcServer:
         await stop.wait()
         await self._server.stop(NEVER)
 
-    def _line(self, service: str, method: str) -> LineOf:
-        return partial(_logged, f"/{service}/{method}", self._settings.access_log_format)
+    def _around(self, path: str) -> tuple[LineOf, Credentials | None]:
+        """What writes the line of a call, and what it has to show."""
+        line_of = partial(_logged, path, self._settings.access_log_format)
+        return line_of, None if path in PROBES else self._credentials
 
 
 @dataclass(slots=True)
@@ -108,10 +116,19 @@ def _logged(path: str, access_log_format: str, context: Context) -> Iterator[_Ca
         access_log.write(access_log_format, scope, call.status.name, call.sent_bytes, (), seconds)
 
 
-def _unary(method: Unary, line_of: LineOf) -> Any:
+def _tls(settings: Settings) -> grpc.ServerCredentials:
+    """Where CAs are named, nobody connects without a certificate of theirs."""
+    files = (settings.ssl_keyfile, settings.ssl_certfile, settings.ssl_ca_certs)
+    key, certificate, authorities = (file.read_bytes() if file else b"" for file in files)
+    return grpc.ssl_server_credentials([(key, certificate)], authorities or None, bool(authorities))
+
+
+def _unary(method: Unary, line_of: LineOf, credentials: Credentials | None) -> Any:
     async def answer(message: bytes, context: Context) -> bytes:
         with line_of(context) as call:
             try:
+                if credentials:
+                    credentials.check(call.metadata.get("authorization", ""), has_certificate=True)
                 response = await method(message, call.metadata)
                 call.status, call.sent_bytes = grpc.StatusCode.OK, len(response)
                 return response
@@ -123,12 +140,14 @@ def _unary(method: Unary, line_of: LineOf) -> Any:
     return grpc.unary_unary_rpc_method_handler(answer)
 
 
-def _stream(method: Stream, line_of: LineOf) -> Any:
+def _stream(method: Stream, line_of: LineOf, credentials: Credentials | None) -> Any:
     """Also for methods of one request: on the wire they are streams as well."""
 
     async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         with line_of(context) as call:
             try:
+                if credentials:
+                    credentials.check(call.metadata.get("authorization", ""), has_certificate=True)
                 async for message in method(messages, call.metadata):
                     call.sent_bytes += len(message)
                     yield message

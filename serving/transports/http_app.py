@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.credentials import Credentials
 from serving.dataplane import DataPlane
 from serving.errors import InternalError, ServingError
 from serving.settings import Settings
@@ -20,17 +21,20 @@ from serving.transports import rest_docs, rest_ops, rest_repository, rest_v1, re
 from serving.transports.access_log import AccessLog
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
+from serving.transports.rest_access import Access
 from serving.transports.rest_guard import Guard
 from serving.transports.rest_json import error_response, json_response
 
 ROOMS = (rest_ops, rest_v1, rest_v2, rest_repository, rest_docs)
 
 
-def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: Settings) -> ASGIApp:
+def make_http_app(
+    dataplane: DataPlane, services: Sequence[Service], credentials: Credentials, settings: Settings
+) -> ASGIApp:
     """`services` are those of the gRPC port, which the HTTP port answers as well; none where gRPC is off."""
     rest = Starlette(
         routes=[route for room in ROOMS for route in room.routes(dataplane)],
-        middleware=_cors(settings.cors_allow_origins),
+        middleware=[*_cors(settings.cors_allow_origins), Middleware(Access, credentials=credentials)],
         exception_handlers={
             ServingError: _serving_error,
             HTTPException: _routing_error,
@@ -38,7 +42,7 @@ def make_http_app(dataplane: DataPlane, services: Sequence[Service], settings: S
         },
     )
     guarded_rest = Guard(rest, dataplane.bodies, settings)
-    guarded_grpc = Guard(GrpcOverHttp(services, settings), dataplane.bodies, settings, endless=True)
+    guarded_grpc = Guard(GrpcOverHttp(services, credentials, settings), dataplane.bodies, settings, endless=True)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await (guarded_grpc if services and _is_grpc(scope) else guarded_rest)(scope, receive, send)

@@ -6,8 +6,16 @@ import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.events import Event, Updated
+from hypercorn.typing import LifespanState
+from starlette.types import Scope
 
+HAS_CERTIFICATE = "has_certificate"
 REFUSAL = b"HTTP/1.1 503 \r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+def has_certificate(scope: Scope) -> bool:
+    """Whether the client of a request has shown one that --ssl_ca_certs knows."""
+    return bool(scope.get("state", {}).get(HAS_CERTIFICATE))
 
 
 class Connections:
@@ -63,6 +71,8 @@ class Connection(TCPServer):
             self.writer.write(REFUSAL)
             await self._close()
             return
+        tls = self.writer.get_extra_info("ssl_object")
+        self.state = LifespanState({**self.state, HAS_CERTIFICATE: bool(tls and tls.getpeercert())})
         connections.idle(self)
         try:
             await super().run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,6 +13,7 @@ import hypercorn.asyncio
 from hypercorn.typing import Framework
 from starlette.types import ASGIApp
 
+from serving.errors import BadSetting, one_line
 from serving.settings import Settings
 from serving.transports.http_connections import Connections, HttpConfig
 
@@ -29,13 +31,27 @@ class HttpServer:
         self._config.connections = Connections(settings.max_connections)
         self._config.keep_alive_timeout = settings.timeout_keep_alive
         self._config.graceful_timeout = NEVER  # the lifecycle has the deadline
-        self._config.ssl_handshake_timeout = settings.read_timeout_seconds
         self._config.keep_alive_max_requests = NEVER  # at its default every HTTP/2 connection breaks at request 1001
         self._config.h2_max_concurrent_streams = MOST_STREAMS  # one more, and Hypercorn drops the whole connection
         # As many as asyncio accepts at a time: where it takes all, one of two workers gets 14 to 16 of 16 (measured).
         self._config.backlog = 1 if shared else BACKLOG
+        if settings.ssl_certfile:
+            self._use_tls(settings)
         self._config.include_server_header = False
         self._config.errorlog = logging.getLogger("hypercorn.error")
+
+    def _use_tls(self, settings: Settings) -> None:
+        """Raises BadSetting."""
+        config = self._config
+        config.certfile, config.keyfile = str(settings.ssl_certfile), str(settings.ssl_keyfile)
+        config.ssl_handshake_timeout = settings.read_timeout_seconds
+        if settings.ssl_ca_certs:
+            config.ca_certs = str(settings.ssl_ca_certs)
+            config.verify_mode = ssl.CERT_OPTIONAL  # probes have none: rest_access asks the others
+        try:
+            config.create_ssl_context()
+        except OSError as error:
+            raise BadSetting(f"--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: {one_line(error)}") from None
 
     @property
     def port(self) -> int:

@@ -15,6 +15,8 @@ from starlette.responses import Response
 from serving.errors import ClientLeft, InvalidInput, ServingError, UnsupportedMediaType
 from serving.metrics import Metrics
 
+UNAUTHORIZED = 401
+
 # The form type is what `curl -d` sends, none at all what KServe's batcher sends: both mean JSON.
 JSON_TYPES = {
     "",
@@ -104,7 +106,9 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 
 def error_response(error: ServingError) -> Response:
-    headers = {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))} if error.retry else None
+    headers = {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))} if error.retry else {}
+    if error.http_status == UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
     return json_response({"error": str(error)}, error.http_status, headers)
 
 

@@ -1,0 +1,276 @@
+"""serving/credentials.py, and TLS on both ports: who has shown nothing gets nothing but probes."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import grpc
+import httpx
+import pytest
+
+from tests.conftest import grpc_call
+from tests.servers import PROJECT, Server, running, start_failing
+from tests.test_grpc import image_request
+
+ECHO = "--predictor=tests.predictors:Echo"
+KEYS = ("first-key", "second-key")
+PROBES = ("/", "/v2/health/live", "/v2/health/ready", "/v1/models/custom-model", "/v2/models/custom-model/ready")
+CLOSED = (
+    ("GET", "/metrics"),
+    ("GET", "/v2"),
+    ("GET", "/v1/models"),
+    ("GET", "/v2/models/custom-model"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nowhere"),
+    ("POST", "/v1/models/custom-model"),
+    ("POST", "/v1/models/custom-model:predict"),
+    ("GET", "/v1/models/custom-model%3Apredict"),
+    ("POST", "/v2/models/custom-model/infer"),
+    ("POST", "/v2/repository/index"),
+    ("POST", "/v2/repository/models/custom-model/unload"),
+)
+GRPC_PROBES = ("ServerLive", "ServerReady", "ModelReady")
+GRPC_CLOSED = ("ServerMetadata", "ModelMetadata", "ModelInfer", "RepositoryIndex", "RepositoryModelUnload")
+NO_KEY = "a key is needed: send it as Authorization: Bearer KEY"
+NO_CERTIFICATE = "a client certificate is needed"
+BODY = '{"instances": [1]}'
+
+
+class Party(NamedTuple):
+    """A certificate and its key, as files."""
+
+    certificate: Path
+    key: Path
+
+    @property
+    def bytes(self) -> tuple[bytes, bytes]:
+        return self.key.read_bytes(), self.certificate.read_bytes()
+
+
+def _openssl(*arguments: Any) -> None:
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=60)
+
+
+def _party(folder: Path, name: str, issuer: Party | None) -> Party:
+    party = Party(folder / f"{name}.pem", folder / f"{name}.key")
+    rights: list[object] = ["-addext", "basicConstraints=critical,CA:TRUE"]
+    if issuer:
+        rights = ["-CA", issuer.certificate, "-CAkey", issuer.key]
+        rights += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    _openssl(*new, "-subj", f"/CN={name}", "-keyout", party.key, "-out", party.certificate, *rights)
+    return party
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("credentials")
+
+
+@pytest.fixture(scope="module")
+def authority(folder: Path) -> Party:
+    return _party(folder, "authority", None)
+
+
+@pytest.fixture(scope="module")
+def own(folder: Path, authority: Party) -> Party:
+    return _party(folder, "server", authority)
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path, authority: Party) -> Party:
+    return _party(folder, "client", authority)
+
+
+@pytest.fixture(scope="module")
+def stranger(folder: Path) -> Party:
+    return _party(folder, "stranger", _party(folder, "another authority", None))
+
+
+@pytest.fixture(scope="module")
+def keyed(folder: Path) -> Iterator[Server]:
+    """Asks for a key."""
+    file = folder / "keys"
+    file.write_text("\n".join(KEYS) + "\n")
+    with running(ECHO, f"--api_key_file={file}", "--cors_allow_origins=https://a.example") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mutual(own: Party, authority: Party) -> Iterator[Server]:
+    """Asks for a certificate."""
+    flags = (f"--ssl_certfile={own.certificate}", f"--ssl_keyfile={own.key}", f"--ssl_ca_certs={authority.certificate}")
+    with running(ECHO, *flags) as server:
+        yield server
+
+
+def https(server: Server, authority: Party, shown: Party | None = None, **options: Any) -> httpx.Client:
+    context = ssl.create_default_context(cafile=str(authority.certificate))
+    if shown:
+        context.load_cert_chain(shown.certificate, shown.key)
+    return httpx.Client(base_url=server.url.replace("http:", "https:"), verify=context, timeout=30, **options)
+
+
+def secure_channel(port: int, authority: Party, shown: Party | None = None) -> grpc.Channel:
+    key, certificate = shown.bytes if shown else (None, None)
+    credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes(), key, certificate)
+    return grpc.secure_channel(f"localhost:{port}", credentials)
+
+
+def code_of(channel: grpc.Channel, google: ModuleType, method: str, **metadata: str) -> tuple[str, str | None]:
+    unary: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+    named = "custom-model" if method == "ModelReady" else ""
+    message = google.ModelReadyRequest(name=named).SerializeToString()
+    try:
+        unary(message, timeout=30, metadata=tuple(metadata.items()))
+    except grpc.RpcError as error:
+        return error.code().name, error.details()
+    return "OK", ""
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_probes_need_no_key(path: str, keyed: Server) -> None:
+    assert keyed.get(path).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), CLOSED)
+def test_everything_else_over_rest_needs_one(method: str, path: str, keyed: Server) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong-key"}, {"Authorization": "Basic first-key"}):
+        refused = httpx.request(method, keyed.url + path, headers=headers, content=BODY)
+
+        assert (refused.status_code, refused.json()) == (401, {"error": NO_KEY})
+        assert refused.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_each_key_of_the_file_opens(key: str, scheme: str, keyed: Server) -> None:
+    assert keyed.predict(BODY, authorization=f"{scheme} {key}").json() == {"predictions": [1]}
+
+
+def test_web_pages_may_ask_what_they_may_send_and_read_why_they_were_refused(keyed: Server) -> None:
+    page = {"Origin": "https://a.example"}
+    asked = httpx.options(
+        f"{keyed.url}/v1/models/custom-model:predict", headers=page | {"Access-Control-Request-Method": "POST"}
+    )
+    refused = httpx.post(f"{keyed.url}/v1/models/custom-model:predict", headers=page, content=BODY)
+
+    assert asked.status_code == 200
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")
+
+
+@pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
+def test_over_grpc_too_nothing_but_probes_is_answered_without_a_key(
+    port: str, keyed: Server, google: ModuleType
+) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{keyed.grpc_port if port == 'gRPC port' else keyed.http_port}") as channel:
+        for method in GRPC_PROBES:
+            assert code_of(channel, google, method) == ("OK", "")
+        health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
+        assert health(b"", timeout=30)
+        for method in GRPC_CLOSED:
+            assert code_of(channel, google, method) == ("UNAUTHENTICATED", NO_KEY)
+            assert code_of(channel, google, method, authorization="Bearer x") == ("UNAUTHENTICATED", NO_KEY)
+        assert code_of(channel, google, "ServerMetadata", authorization="Bearer first-key") == ("OK", "")
+
+
+def test_without_a_client_certificate_https_answers_nothing_but_probes(mutual: Server, authority: Party) -> None:
+    with https(mutual, authority) as nobody:
+        for path in PROBES:
+            assert nobody.get(path).status_code == 200
+        for method, path in CLOSED:
+            refused = nobody.request(method, path, content=BODY)
+            assert (refused.status_code, refused.json()) == (401, {"error": NO_CERTIFICATE})
+
+
+@pytest.mark.parametrize("http2", [False, True])
+def test_with_a_certificate_of_the_authority_https_answers(
+    http2: bool, mutual: Server, authority: Party, client: Party
+) -> None:
+    with https(mutual, authority, client, http1=not http2, http2=http2) as known:
+        response = known.post("/v1/models/custom-model:predict", content=BODY)
+
+    assert (response.json(), response.http_version) == ({"predictions": [1]}, "HTTP/2" if http2 else "HTTP/1.1")
+
+
+def test_a_certificate_of_another_authority_opens_no_port(
+    mutual: Server, authority: Party, stranger: Party, google: ModuleType
+) -> None:
+    with https(mutual, authority, stranger) as unknown, pytest.raises(httpx.TransportError):
+        unknown.get("/")
+    for port in (mutual.http_port, mutual.grpc_port):
+        with secure_channel(port, authority, stranger) as channel:
+            assert code_of(channel, google, "ServerLive")[0] == "UNAVAILABLE"
+
+
+def test_grpc_over_tls_answers_who_shows_a_certificate_on_both_ports(
+    mutual: Server, authority: Party, client: Party, google: ModuleType
+) -> None:
+    for port in (mutual.grpc_port, mutual.http_port):
+        with secure_channel(port, authority, client) as channel:
+            response = grpc_call(channel, google, "ModelInfer", image_request(google, b"x"))
+            assert response.outputs[0].contents.bytes_contents == [b"x"]
+
+
+def test_without_a_certificate_the_grpc_port_answers_nothing_and_the_http_port_probes(
+    mutual: Server, authority: Party, google: ModuleType
+) -> None:
+    with secure_channel(mutual.grpc_port, authority) as channel:
+        assert code_of(channel, google, "ServerLive")[0] == "UNAVAILABLE"
+    with secure_channel(mutual.http_port, authority) as channel:
+        assert code_of(channel, google, "ServerLive") == ("OK", "")
+        assert code_of(channel, google, "ModelInfer") == ("UNAUTHENTICATED", NO_CERTIFICATE)
+
+
+def test_both_ports_speak_tls_1_2_and_newer_and_nothing_older_or_plain(mutual: Server, client: Party) -> None:
+    def session(port: int, *flags: str) -> str:
+        known = ["-cert", str(client.certificate), "-key", str(client.key)]
+        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-alpn", "h2", *known, *flags]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+        return done.stdout.decode("latin-1")
+
+    for port in (mutual.http_port, mutual.grpc_port):
+        assert "TLSv1.2, Cipher is ECDHE" in session(port, "-tls1_2")
+        assert "TLSv1.3, Cipher is TLS_" in session(port, "-tls1_3")
+        assert "Cipher is (NONE)" in session(port, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
+    with pytest.raises(httpx.TransportError):
+        httpx.get(mutual.url)
+
+
+def test_the_containers_health_is_told_over_tls_too(own: Party, authority: Party) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    tls = (f"--ssl_certfile={own.certificate}", f"--ssl_keyfile={own.key}", f"--ssl_ca_certs={authority.certificate}")
+    with running(ECHO, *tls, f"--http_port={port}") as server:
+        command = [sys.executable, "-m", "serving.healthcheck", str(server.process.pid)]
+        subprocess.run(command, cwd=PROJECT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--ssl_certfile={own}"], "--ssl_certfile and --ssl_keyfile belong together: give both"),
+        (["--ssl_keyfile={key}"], "--ssl_certfile and --ssl_keyfile belong together: give both"),
+        (["--ssl_ca_certs={own}"], "--ssl_ca_certs needs --ssl_certfile: certificates are shown over TLS"),
+        (["--ssl_certfile={own}", "--ssl_keyfile={own}"], "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: "),
+        (["--ssl_certfile=/nowhere", "--ssl_keyfile={key}"], "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: "),
+        (["--api_key_file=/nowhere"], "--api_key_file cannot be read: "),
+        (["--api_key_file={empty}"], "--api_key_file: "),
+    ],
+)
+def test_files_that_do_not_fit_stop_the_start(flags: list[str], problem: str, own: Party, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    named = [flag.format(own=own.certificate, key=own.key, empty=empty) for flag in flags]
+
+    code, lines = start_failing(ECHO, "--http_port=0", "--grpc_port=0", *named)
+
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"app.py: {problem}")
