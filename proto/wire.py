@@ -23,7 +23,10 @@ M = TypeVar("M", bound=betterproto2.Message)
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _UINT64 = (1 << 64) - 1
 _LONGEST_VARINT_BYTES = 10
+_LARGEST_KEY, _LONGEST_KEY_BYTES = (1 << 32) - 1, 5
 _MOST_SKIPPED_FIELDS = 1000
+_MOST_FIELDS = 100_000  # some 0.1 s
+_MESSAGE_FIELDS = 100  # a message within takes as long as so many numbers or texts
 
 _VARINT_DTYPES: dict[str, str] = {
     betterproto2.TYPE_BOOL: "?",
@@ -42,11 +45,25 @@ class DecodeError(ValueError):
     """The bytes are not a message of the expected type. Raised by `decode` alone."""
 
 
+@dataclass(slots=True)
+class _Budget:
+    """What one message may still cost, all within it included."""
+
+    fields: int = _MOST_FIELDS
+
+    def spend(self, fields: int) -> None:
+        self.fields -= fields
+        if self.fields < 0:
+            raise DecodeError(
+                f"more than {_MOST_FIELDS:,} fields, or {_MOST_FIELDS // _MESSAGE_FIELDS:,} messages in it"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Field:
     name: str
     wire_type: int
-    value: Callable[[memoryview], Any]
+    value: Callable[[memoryview, _Budget], Any]
     run: Callable[[memoryview], memoryview[Any]] | None  # reads numbers in a row, where the field repeats them
     repeated: bool
     is_map: bool
@@ -58,18 +75,20 @@ def decode(message_class: type[M], data: bytes | memoryview) -> M:
 
     Repeated numbers become memoryviews, which numpy takes as they are; packed floats and doubles stay in `data`.
     """
-    buffer = memoryview(data)
+    return _decode(message_class, memoryview(data), _Budget())
+
+
+def _decode(message_class: type[M], buffer: memoryview, budget: _Budget) -> M:
+    budget.spend(_MESSAGE_FIELDS)
     fields = _fields(message_class)
     message = message_class()
     values = message.__dict__
     runs: dict[str, list[memoryview[Any]]] = {}
     position = 0
     while position < len(buffer):
-        key, position = _varint(buffer, position)
-        number, wire_type = key >> 3, key & 7
+        budget.spend(1)
+        number, wire_type, position = _key(buffer, position)
         payload, position = _payload(buffer, position, wire_type)
-        if number == 0:
-            raise DecodeError("field number 0")
         field = fields.get(number)
         if field is None:
             continue
@@ -78,7 +97,7 @@ def decode(message_class: type[M], data: bytes | memoryview) -> M:
             continue
         if field.wire_type != wire_type:
             continue  # as google.protobuf: a known number with another wire type is an unknown field
-        value = field.value(payload)
+        value = field.value(payload, budget)
         if field.is_map:
             values[field.name][value.key] = value.value
         elif field.repeated:
@@ -101,9 +120,9 @@ def first_text(data: bytes | memoryview, number: int) -> str:
     for _ in range(_MOST_SKIPPED_FIELDS):
         if position >= len(buffer):
             return ""
-        key, position = _varint(buffer, position)
-        payload, position = _payload(buffer, position, key & 7)
-        if key == number << 3 | _LENGTH:
+        found, wire_type, position = _key(buffer, position)
+        payload, position = _payload(buffer, position, wire_type)
+        if (found, wire_type) == (number, _LENGTH):
             return _text(payload)
     raise DecodeError(f"field {number} is not among the first {_MOST_SKIPPED_FIELDS:,}")
 
@@ -115,7 +134,7 @@ def _fields(message_class: type[betterproto2.Message]) -> dict[int, _Field]:
     for name, meta in metadata.meta_by_field_name.items():
         kind = meta.proto_type
         wire_type, run = _LENGTH, None
-        value: Callable[[memoryview], Any]
+        value: Callable[[memoryview, _Budget], Any]
         if kind in _VARINT_DTYPES:
             wire_type, run = _VARINT, partial(_varints, dtype=_VARINT_DTYPES[kind])
             value = partial(_first, run)
@@ -124,11 +143,11 @@ def _fields(message_class: type[betterproto2.Message]) -> dict[int, _Field]:
             run = partial(_fixed, code=_FIXED_FORMATS[kind])
             value = partial(_first, run)
         elif kind == betterproto2.TYPE_STRING:
-            value = _text
+            value = _text_of
         elif kind == betterproto2.TYPE_BYTES:
-            value = bytes
+            value = _bytes_of
         elif kind == betterproto2.TYPE_MESSAGE:
-            value = partial(decode, metadata.cls_by_field[name])
+            value = partial(_decode, metadata.cls_by_field[name])
         elif kind == betterproto2.TYPE_MAP:
             value = partial(_map_entry, metadata.cls_by_field[name], metadata.cls_by_field[f"{name}.value"])
         else:
@@ -146,15 +165,23 @@ def _fields(message_class: type[betterproto2.Message]) -> dict[int, _Field]:
     return fields
 
 
-def _first(run: Callable[[memoryview], memoryview[Any]], payload: memoryview) -> Any:
+def _first(run: Callable[[memoryview], memoryview[Any]], payload: memoryview, _: _Budget) -> Any:
     return run(payload)[0]
 
 
-def _map_entry(entry_class: type[betterproto2.Message], value_class: type, payload: memoryview) -> Any:
-    entry: Any = decode(entry_class, payload)
+def _map_entry(entry_class: type[betterproto2.Message], value_class: type, payload: memoryview, budget: _Budget) -> Any:
+    entry: Any = _decode(entry_class, payload, budget)
     if entry.value is None:  # absent means default
         entry.value = value_class()
     return entry
+
+
+def _bytes_of(payload: memoryview, _: _Budget) -> bytes:
+    return bytes(payload)
+
+
+def _text_of(payload: memoryview, _: _Budget) -> str:
+    return _text(payload)
 
 
 def _text(payload: memoryview) -> str:
@@ -162,6 +189,14 @@ def _text(payload: memoryview) -> str:
         return str(payload, "utf-8")
     except UnicodeDecodeError:
         raise DecodeError("a string that is not UTF-8") from None
+
+
+def _key(buffer: memoryview, start: int) -> tuple[int, int, int]:
+    """Number and wire type of the next field, and where what follows them starts."""
+    key, position = _varint(buffer, start)
+    if not 8 <= key <= _LARGEST_KEY or position - start > _LONGEST_KEY_BYTES:
+        raise DecodeError("field number out of range")
+    return key >> 3, key & 7, position
 
 
 def _payload(buffer: memoryview, position: int, wire_type: int) -> tuple[memoryview, int]:

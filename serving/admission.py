@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from serving.errors import Overloaded
+from serving.errors import Overloaded, TooLarge
 from serving.settings import Settings
 
 PACE_REQUESTS = 32  # the last so many tell how fast a model answers
@@ -72,6 +72,12 @@ class Admission:
             return 1.0
         pace_seconds = (self._clock() - self._ended_at[0]) / ended
         return min(self.under_way * pace_seconds, self._settings.request_timeout_seconds)
+
+
+def check_instances(rows: int, settings: Settings) -> None:
+    """Of one request. Raises TooLarge."""
+    if rows > settings.max_instances:
+        raise TooLarge(f"{rows} instances exceed max_instances ({settings.max_instances})")
 
 
 class Bodies:

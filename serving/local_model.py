@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from serving.admission import check_instances
 from serving.batching import Batcher
 from serving.cores import Cores
-from serving.errors import InvalidInput, ModelMissing, ModelNotReady, PredictorBroken, StartError, TooLarge, one_line
+from serving.errors import InvalidInput, ModelMissing, ModelNotReady, PredictorBroken, StartError, one_line
 from serving.latency import Latency
 from serving.logs import banner
 from serving.metrics import Metrics
@@ -122,8 +123,7 @@ class LocalModel(Model):
                 raise ModelNotReady(self.name)
             if request.rows == 0:
                 raise InvalidInput("the request has no instances")
-            if request.rows > self._settings.max_instances:
-                raise TooLarge(f"{request.rows} instances exceed max_instances ({self._settings.max_instances})")
+            check_instances(request.rows, self._settings)
             if predictor.outputs:
                 _check_outputs(request, {spec.name for spec in predictor.outputs})
             request = replace(request, id=request.id or str(uuid.uuid4()))

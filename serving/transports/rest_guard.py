@@ -44,7 +44,7 @@ class Guard:
             rest = asyncio.create_task(body.drop_rest())
             try:
                 await send({**message, "more_body": True})
-                await asyncio.wait({rest}, timeout=LINGER_SECONDS)
+                await asyncio.wait({rest}, timeout=min(LINGER_SECONDS, self._settings.read_timeout_seconds))
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             finally:
                 rest.cancel()

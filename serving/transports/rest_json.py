@@ -12,9 +12,13 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serving.errors import ClientLeft, InvalidInput, ServingError, UnsupportedMediaType
+from serving.errors import ClientLeft, InvalidInput, ServingError, TooLarge, UnsupportedMediaType
 from serving.metrics import Metrics
 
+# The parser holds the interpreter's lock all the while: 0.6 s on 8 MiB of empty lists (measured), 0.04 within these.
+SMALL_BYTES = 256 * 1024
+MOST_VALUES = 1_000_000
+MOST_LISTS = 200_000
 UNAUTHORIZED = 401
 
 # The form type is what `curl -d` sends, none at all what KServe's batcher sends: both mean JSON.
@@ -89,7 +93,12 @@ async def while_client_stays(request: Request) -> AsyncIterator[None]:
 
 
 def parse_json(body: bytes) -> Any:
-    """Raises InvalidInput."""
+    """Raises InvalidInput, and TooLarge where a body would stop all other threads while it is parsed."""
+    if len(body) > SMALL_BYTES:
+        if body.count(b",") > MOST_VALUES:
+            raise TooLarge(f"the body has more than {MOST_VALUES} values")
+        if sum(map(body.count, (b"[", b"{", b":"))) > MOST_LISTS:
+            raise TooLarge(f"the body has more than {MOST_LISTS} lists, objects and keys in them")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

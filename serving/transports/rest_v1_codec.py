@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from serving.admission import check_instances
 from serving.errors import InvalidInput
 from serving.image import from_base64
 from serving.predictor import Request, RequestedOutput, Response
@@ -32,7 +33,7 @@ class PredictExchange:
         self._classification = False
 
     def decode(self) -> Request:
-        """Raises InvalidInput."""
+        """Raises InvalidInput and TooLarge."""
         payload = None if self._kind == "image" else parse_json(self._body)
         payload, self._envelope = cloudevents.opened(payload, self._headers)
         if self._kind == "image":
@@ -47,6 +48,7 @@ class PredictExchange:
             raise InvalidInput('Expected "instances" to be a list')
         if not instances:
             raise InvalidInput('"instances" is empty')
+        check_instances(len(instances), self._settings)  # before they are made into tensors
         signature = payload.get("signature_name", "serving_default")
         if not isinstance(signature, str) or signature not in SIGNATURES:
             raise InvalidInput(f'"signature_name" must be one of {", ".join(SIGNATURES)}')

@@ -24,7 +24,7 @@ class InferExchange:
         self._binary: dict[str, bool] = {}
 
     def decode(self) -> Request:
-        """Raises InvalidInput."""
+        """Raises InvalidInput and TooLarge."""
         length = _json_length(self._headers, self._body)
         payload = parse_json(self._body[:length])
         if not isinstance(payload, dict):
