@@ -143,9 +143,9 @@ def _fields(message_class: type[betterproto2.Message]) -> dict[int, _Field]:
             run = partial(_fixed, code=_FIXED_FORMATS[kind])
             value = partial(_first, run)
         elif kind == betterproto2.TYPE_STRING:
-            value = _text_of
+            value = lambda payload, _: _text(payload)  # noqa: E731
         elif kind == betterproto2.TYPE_BYTES:
-            value = _bytes_of
+            value = lambda payload, _: bytes(payload)  # noqa: E731
         elif kind == betterproto2.TYPE_MESSAGE:
             value = partial(_decode, metadata.cls_by_field[name])
         elif kind == betterproto2.TYPE_MAP:
@@ -174,14 +174,6 @@ def _map_entry(entry_class: type[betterproto2.Message], value_class: type, paylo
     if entry.value is None:  # absent means default
         entry.value = value_class()
     return entry
-
-
-def _bytes_of(payload: memoryview, _: _Budget) -> bytes:
-    return bytes(payload)
-
-
-def _text_of(payload: memoryview, _: _Budget) -> str:
-    return _text(payload)
 
 
 def _text(payload: memoryview) -> str:

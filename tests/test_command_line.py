@@ -39,10 +39,11 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "log_format": ("json", "text"),
     }.get(name, ("false", "true") if isinstance(getattr(Settings(), name), bool) else ("123", "231"))
 
-    assert parse_settings([], {environment_variable(name): text}) == parse_settings([f"--{name}={text}"], {})
-    assert parse_settings([f"--{name}={other}"], {environment_variable(name): text}) == parse_settings(
-        [f"--{name}={other}"], {}
-    )
+    beside = {environment_variable(one): "/beside" for one in ("ssl_certfile", "ssl_keyfile")}  # none goes alone
+    twin = {**beside, environment_variable(name): text}
+
+    assert parse_settings([], twin) == parse_settings([f"--{name}={text}"], beside)
+    assert parse_settings([f"--{name}={other}"], twin) == parse_settings([f"--{name}={other}"], beside)
 
 
 def test_what_may_be_several_is_repeated_or_separated_by_commas() -> None:

@@ -229,7 +229,7 @@ def test_more_changes_than_may_wait_are_refused(from_file: Server, tmp_path: Pat
         answers = [clients.submit(client.load) for _ in range(MOST_CHANGES + 1)]
         with (tmp_path / "model").open("w"):
             refused = next(as_completed(answers, timeout=30))
-            assert refused.result() == (503, "The server is at its limit of concurrent requests; try again.")
+            assert refused.result() == (503, "The server is at its limit of loads and unloads; try again.")
         assert sum(isinstance(answer.result(), dict) for answer in answers) == MOST_CHANGES
 
 
