@@ -16,13 +16,14 @@ VENV := .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run model test test-ray bench soak lint proto clean
+.PHONY: help run model test test-ray chaos bench soak lint proto clean
 
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
 	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32|fp16|int8 OUT=model"
 	@echo "make test    run the tests"
 	@echo "make test-ray   run the tests of --engine=ray, which installs Ray"
+	@echo "make chaos   stop it at full load again and again, and ask it 10,000 hostile things: ten minutes"
 	@echo "make bench   measure the server: MODEL=model REQUEST=examples/input.json SECONDS=5 ROUNDS=3"
 	@echo "make soak    load the server for MINUTES=30, and watch its memory"
 	@echo "make lint    ruff and mypy"
@@ -43,6 +44,9 @@ test: $(VENV)/.dev .venv-kserve/.kserve
 
 test-ray: $(VENV)/.dev $(VENV)/.ray
 	TEST_RAY=1 $(VENV)/bin/python -m pytest tests/test_ray_engine.py tests/test_ray_app.py
+
+chaos: $(VENV)/.dev
+	TEST_CHAOS=1 $(VENV)/bin/python -m pytest -m slow tests/test_drain.py tests/test_chaos.py
 
 bench: $(VENV)/.dev $(addsuffix /model.onnx,$(MODEL))
 	$(VENV)/bin/python -m bench $(addprefix --model ,$(MODEL)) --request $(REQUEST) --seconds $(SECONDS) --rounds $(ROUNDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -12,12 +13,18 @@ from pathlib import Path
 from types import ModuleType
 
 import grpc
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
 import httpx
 import pytest
 
 from tests.conftest import grpc_call
 from tests.servers import Server, gated, read_until, running, start_failing
+from tests.test_lifecycle import STOPPING
 
+PREDICT = "/v1/models/custom-model:predict"
 GATED_REQUEST = (
     b'POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\n{"instances": ["%s"]}'
 )
@@ -143,3 +150,51 @@ def test_a_shells_limit_of_descriptors_is_no_limit_of_connections() -> None:
         limits = Path(f"/proc/{server.process.pid}/limits").read_text()
 
     assert re.search(rf"^Max open files +{most} +{most} ", limits, re.MULTILINE)
+
+
+def http2_connection() -> h2.connection.H2Connection:
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+    connection.initiate_connection()
+    return connection
+
+
+def send_request(connection: h2.connection.H2Connection, stream: int, body: bytes, path: str = PREDICT) -> None:
+    connection.send_headers(stream, [(":method", "POST"), (":path", path), (":scheme", "http"), (":authority", "x")])
+    connection.send_data(stream, body, end_stream=True)
+
+
+def test_a_stopping_server_refuses_new_streams_and_answers_the_others_of_their_connection(
+    tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    held, connection = gate("held"), http2_connection()
+    seen: list[h2.events.Event] = []
+    with gated(tmp_path) as server, server.connect() as socket:
+        send_request(connection, 1, b'{"instances": ["held"]}')
+        socket.sendall(connection.data_to_send())
+        with held.open("wb"):
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_line(STOPPING)
+            send_request(connection, 3, b'{"instances": ["another"]}')
+            socket.sendall(connection.data_to_send())
+            while not any(isinstance(event, h2.events.StreamReset) for event in seen):
+                seen += connection.receive_data(socket.recv(65536))
+        while not any(isinstance(event, h2.events.StreamEnded) for event in seen):
+            seen += connection.receive_data(socket.recv(65536))
+        assert server.wait() == 0
+
+    (reset,) = (event for event in seen if isinstance(event, h2.events.StreamReset))
+    (response,) = (event for event in seen if isinstance(event, h2.events.ResponseReceived))
+    assert (reset.stream_id, reset.error_code) == (3, h2.errors.ErrorCodes.REFUSED_STREAM)
+    assert (response.stream_id, next(str(value) for _, value in response.headers)) == (1, "200")
+
+
+def test_a_connection_that_fails_fails_alone_and_is_a_line_in_the_log(server: Server) -> None:
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+    connection.initiate_connection()
+    pseudo = [(b":method", b"GET"), (b":path", b"/\xff"), (b":scheme", b"http"), (b":authority", b"x")]
+    connection.send_headers(1, pseudo, end_stream=True)
+    with server.connect() as socket, server.connect() as other:
+        socket.sendall(connection.data_to_send())
+        server.wait_for_line(re.compile(r"a connection ended by UnicodeDecodeError: "))
+        other.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_until(other, b'{"status":"alive"}')

@@ -1,6 +1,8 @@
-"""The connections of the HTTP port: Hypercorn's, bounded in their number, and ended when their client has left."""
+"""The connections of the HTTP port: Hypercorn's, bounded in their number, with what its release 0.18 lacks."""
 
 from __future__ import annotations
+
+import logging
 
 import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -8,6 +10,10 @@ from hypercorn.config import Config
 from hypercorn.events import Event, Updated
 from hypercorn.typing import LifespanState
 from starlette.types import Scope
+
+from serving.errors import one_line
+
+logger = logging.getLogger(__name__)
 
 HAS_CERTIFICATE = "has_certificate"
 REFUSAL = b"HTTP/1.1 503 \r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -55,11 +61,11 @@ class HttpConfig(Config):
 
 
 class Connection(TCPServer):
-    """Ends when its client has left, which in Hypercorn 0.18 it does not.
+    """Ends when its client has left, and fails alone.
 
-    There it waits for the idle timer: every call of a client that closes its connection, as curl does, would hold a
-    descriptor for timeout_keep_alive. Here the timer is stopped, and a last response does not start it again. And an
-    HTTP/2 response waits for ever in its buffer, which nobody empties any more: here the buffers are closed.
+    In Hypercorn it waits for the idle timer: every call of a client that closes its connection, as curl does, would
+    hold a descriptor for timeout_keep_alive. Here the timer is stopped, and a last response does not start it again.
+    And an HTTP/2 response waits for ever in its buffer, which nobody empties any more: here the buffers are closed.
     """
 
     config: HttpConfig
@@ -76,6 +82,11 @@ class Connection(TCPServer):
         connections.idle(self)
         try:
             await super().run()
+        except Exception as error:  # it would end the server, were that just stopping
+            leaf: BaseException = error
+            while isinstance(leaf, BaseExceptionGroup):
+                leaf = leaf.exceptions[0]
+            logger.warning("a connection ended by %s: %s", type(leaf).__name__, one_line(leaf))
         finally:
             self._client_left = True
             connections.forget(self)

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from serving.errors import BadSetting, one_line
 from serving.settings import Settings
+from serving.transports import http2  # noqa: F401 it takes the place of Hypercorn's
 from serving.transports.http_connections import Connections, HttpConfig
 
 BACKLOG = 2048

@@ -1,0 +1,116 @@
+"""Clients that ask for the same prediction again and again, and know an answer, a refusal and half an answer apart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from abc import ABC, abstractmethod
+from types import ModuleType
+from typing import Any
+
+import grpc
+import grpc.aio
+import httpx
+
+from tests.servers import Server
+from tests.test_grpc import image_request
+
+PATH = "/v1/models/custom-model:predict"
+# grpc's core cancels what has come in the millisecond before it closes, and that nobody was handed.
+REFUSALS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+class Refused(Exception):
+    """Nothing of an answer came: the request was not taken."""
+
+
+class Caller(ABC):
+    """Over one connection, which its first call makes."""
+
+    @abstractmethod
+    async def ask(self) -> list[float]:
+        """The five highest logits. Raises Refused, and AssertionError for half an answer or a wrong one."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class KeepAlive(Caller):
+    """HTTP/1.1, a request after the other, byte by byte: what libraries would repeat unseen is seen here."""
+
+    def __init__(self, server: Server, body: bytes) -> None:
+        self._address = ("127.0.0.1", server.http_port)
+        self._request = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (PATH.encode(), len(body)) + body
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def ask(self) -> list[float]:
+        try:
+            if self._writer is None:
+                self._reader, self._writer = await asyncio.open_connection(*self._address)
+            self._writer.write(self._request)
+            await self._writer.drain()
+            status = await self._reader.readline()
+        except OSError as error:
+            raise Refused from error
+        if not status:
+            raise Refused
+        return await self._answer(status)
+
+    async def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    async def _answer(self, status: bytes) -> list[float]:
+        assert status.startswith(b"HTTP/1.1 200 "), status
+        length, closes = 0, False
+        while (line := (await self._reader.readline()).lower()) != b"\r\n":
+            name, _, value = line.partition(b":")
+            length = int(value) if name == b"content-length" else length
+            closes = closes or (name == b"connection" and value.strip() == b"close")
+        answer = json.loads(await self._reader.readexactly(length))
+        if closes and self._writer:
+            self._writer.close()
+            self._writer = None
+        (row,) = answer["predictions"]
+        return list(row)
+
+
+class Http2(Caller):
+    """HTTP/2 without TLS, by httpx, which repeats nothing."""
+
+    def __init__(self, server: Server, body: bytes) -> None:
+        self._client = httpx.AsyncClient(base_url=server.url, http1=False, http2=True, timeout=60)
+        self._body = body
+
+    async def ask(self) -> list[float]:
+        try:
+            response = await self._client.post(PATH, content=self._body)
+        except httpx.TransportError as error:
+            raise Refused from error
+        assert response.status_code == 200, response.text
+        (row,) = response.json()["predictions"]
+        return list(row)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+class Grpc(Caller):
+    """gRPC, on either port."""
+
+    def __init__(self, port: int, google: ModuleType, picture: bytes) -> None:
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
+        self._call: Any = self._channel.unary_unary(INFER, response_deserializer=google.ModelInferResponse.FromString)
+        self._message = image_request(google, picture).SerializeToString()
+
+    async def ask(self) -> list[float]:
+        try:
+            response = await self._call(self._message, timeout=60)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() in REFUSALS, error
+            raise Refused from error
+        return list(response.outputs[0].contents.fp32_contents)
+
+    async def close(self) -> None:
+        await self._channel.close()

@@ -1,0 +1,126 @@
+"""A stop at full load, again and again: what was accepted is answered, and who follows readiness sees no error."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.callers import Caller, Grpc, Http2, KeepAlive, Refused
+from tests.pictures import CAT, v1_request
+from tests.servers import Server, running
+
+CALLERS = 16
+ANSWERS_BEFORE_STOP = 48
+GRACE_SECONDS = 25
+BODY = v1_request(CAT).encode()
+KINDS = ["REST, keep-alive", "REST, HTTP/2", "gRPC", "gRPC on the HTTP port", "REST, two workers", "gRPC, two workers"]
+
+
+def chaos(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Several minutes in all."""
+    wanted = "TEST_CHAOS" in os.environ
+    for mark in (
+        pytest.mark.skipif(not wanted, reason="slow: `make chaos` runs it"),
+        pytest.mark.slow,
+        pytest.mark.timeout(900),
+    ):
+        test = mark(test)
+    return test
+
+
+def caller(kind: str, server: Server, google: ModuleType) -> Caller:
+    if kind.startswith("gRPC"):
+        return Grpc(server.http_port if kind.endswith("HTTP port") else server.grpc_port, google, CAT)
+    return Http2(server, BODY) if kind.endswith("HTTP/2") else KeepAlive(server, BODY)
+
+
+class Load:
+    """Callers that ask until they are refused, or told to stop; all of their answers."""
+
+    def __init__(self, callers: list[Caller]) -> None:
+        self._callers = callers
+        self.answers: list[list[float]] = []
+        self.errors: list[BaseException] = []
+        self.enough = asyncio.Event()
+        self.may_ask = True
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for one in self._callers:
+                tasks.create_task(self._ask_on(one))
+
+    async def _ask_on(self, one: Caller) -> None:
+        try:
+            while self.may_ask:
+                self.answers.append(await one.ask())
+                if len(self.answers) >= ANSWERS_BEFORE_STOP:
+                    self.enough.set()
+        except Refused as error:
+            self.errors.append(error)
+        finally:
+            await one.close()
+
+
+def answered(log: Path) -> int:
+    """How many the server says it has answered, which must be all that reached a handler."""
+    lines = [line for line in log.read_text().splitlines() if '"POST /' in line]
+    assert [line for line in lines if not line.endswith(" OK")] == []
+    return len(lines)
+
+
+@chaos
+@pytest.mark.parametrize("time_of_ten", range(10))
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_stop_at_full_load_loses_nothing_that_was_accepted(
+    kind: str, time_of_ten: int, model_dir: Path, tmp_path: Path, google: ModuleType
+) -> None:
+    log = tmp_path / "access"
+    workers = 2 if kind.endswith("workers") else 1
+    with (
+        log.open("w") as stdout,
+        running(f"--model_dir={model_dir}", f"--workers={workers}", stdout=stdout) as server,
+    ):
+        load = Load([caller(kind, server, google) for _ in range(CALLERS)])
+        asking = asyncio.create_task(load.run())
+        await asyncio.wait_for(load.enough.wait(), 60)
+        stopped_at = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(asking, 60)
+        code = await asyncio.to_thread(server.wait)
+
+    assert (code, time.monotonic() - stopped_at < GRACE_SECONDS) == (0, True), "".join(server.log[-60:])
+    assert len(load.answers) == answered(log)
+    np.testing.assert_allclose(load.answers, [load.answers[0]] * len(load.answers), rtol=1e-5)
+
+
+@chaos
+@pytest.mark.parametrize("kind", KINDS)
+async def test_clients_that_follow_readiness_see_no_error_at_all(
+    kind: str, model_dir: Path, google: ModuleType
+) -> None:
+    workers = 2 if kind.endswith("workers") else 1
+    flags = (f"--model_dir={model_dir}", f"--workers={workers}", "--drain_delay_seconds=3")
+    with running(*flags) as server:
+        load = Load([caller(kind, server, google) for _ in range(CALLERS)])
+        asking = asyncio.create_task(load.run())
+        await asyncio.wait_for(load.enough.wait(), 60)
+        server.process.send_signal(signal.SIGTERM)
+        async with httpx.AsyncClient(base_url=server.url) as probe:
+            while (await probe.get("/v2/health/ready")).status_code == 200:
+                pass
+        load.may_ask = False
+        await asyncio.wait_for(asking, 60)
+        code = await asyncio.to_thread(server.wait)
+
+    assert (code, load.errors) == (0, [])
+    assert len(load.answers) > ANSWERS_BEFORE_STOP
