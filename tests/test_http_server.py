@@ -22,7 +22,7 @@ import pytest
 
 from tests.conftest import grpc_call
 from tests.servers import Server, gated, read_until, running, start_failing
-from tests.test_lifecycle import STOPPING
+from tests.test_lifecycle import wait_until_refused
 
 PREDICT = "/v1/models/custom-model:predict"
 GATED_REQUEST = (
@@ -173,7 +173,7 @@ def test_a_stopping_server_refuses_new_streams_and_answers_the_others_of_their_c
         socket.sendall(connection.data_to_send())
         with held.open("wb"):
             server.process.send_signal(signal.SIGTERM)
-            server.wait_for_line(STOPPING)
+            wait_until_refused(server.http_port)
             send_request(connection, 3, b'{"instances": ["another"]}')
             socket.sendall(connection.data_to_send())
             while not any(isinstance(event, h2.events.StreamReset) for event in seen):
