@@ -11,12 +11,13 @@ REQUEST ?= examples/input.json
 SECONDS ?= 5
 ROUNDS ?= 3
 MINUTES ?= 30
+OVERLOAD_SECONDS ?= 60
 
 VENV := .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run model test test-ray chaos bench soak lint proto clean
+.PHONY: help run model test test-ray chaos bench overload soak lint proto clean
 
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
@@ -25,6 +26,7 @@ help:
 	@echo "make test-ray   run the tests of --engine=ray, which installs Ray"
 	@echo "make chaos   stop it at full load again and again, and ask it 10,000 hostile things: ten minutes"
 	@echo "make bench   measure the server: MODEL=model REQUEST=examples/input.json SECONDS=5 ROUNDS=3"
+	@echo "make overload   send twice what the server can answer for OVERLOAD_SECONDS=60"
 	@echo "make soak    load the server for MINUTES=30, and watch its memory"
 	@echo "make lint    ruff and mypy"
 	@echo "make proto   generate proto/generated from the .proto files"
@@ -55,6 +57,9 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+overload: $(VENV)/.dev $(MODEL)/model.onnx
+	$(VENV)/bin/python -m bench.overload --model $(MODEL) --request $(REQUEST) --seconds $(OVERLOAD_SECONDS)
 
 soak: $(VENV)/.dev $(MODEL)/model.onnx
 	$(VENV)/bin/python -m bench.soak --model $(MODEL) --request $(REQUEST) --minutes $(MINUTES)

@@ -36,7 +36,7 @@ from tests.test_drain import chaos
 from tests.test_metrics import ended, value
 
 REQUESTS = int(os.environ.get("TEST_CHAOS") or 10_000)
-WARM_REQUESTS = REQUESTS // 10
+WARM_REQUESTS = REQUESTS // 4
 ATTACKERS = 24
 MOST_GROWTH = 1.1
 LARGE_BYTES, LARGE_SHARE = 500_000, 0.1  # of bodies that size most are left out: their attacker is what takes the time

@@ -22,6 +22,9 @@ from serving.transports import access_log
 from serving.transports.grpc_messages import PROBES, Service, Status, Stream, Unary, status_of
 
 MOST_STREAMS = 1000
+MOST_PENDING = (
+    5000  # calls, reset ones too; beyond it grpc cancels at random, at its default of 1,000 under a flood of resets
+)
 NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 
 
@@ -44,6 +47,8 @@ class GrpcServer:
             ("grpc.max_send_message_length", settings.grpc_max_send_message_length),
             ("grpc.max_allowed_incoming_connections", settings.max_connections),
             ("grpc.max_concurrent_streams", MOST_STREAMS),
+            ("grpc.server.max_pending_requests", MOST_PENDING),
+            ("grpc.server.max_pending_requests_hard_limit", MOST_PENDING),
             ("grpc.max_connection_idle_ms", settings.timeout_keep_alive * 1000),
             ("grpc.so_reuseport", int(self._shared)),
         ]
