@@ -205,7 +205,7 @@ class Settings:
     )
     max_instances: int = _setting(128, "most rows in one request; more are answered 413", _positive)
     max_concurrent_requests: int = _setting(
-        256, "most inference requests of a model under way at once; one more is answered 503 at once", _positive
+        128, "most inference requests of a model under way at once; one more is answered 503 at once", _positive
     )
     max_queue_rows: int = _setting(
         1024, "most rows in the requests of a model under way, one each until it is decoded; then 503", _positive

@@ -88,13 +88,13 @@ def test_five_thousand_calls_over_one_channel_are_all_answered(one_port: grpc.Ch
     assert answers == [b"\x08\x01"] * 5000
 
 
-async def test_two_hundred_calls_at_once_over_one_channel_are_all_answered(server: Server, google: ModuleType) -> None:
+async def test_calls_at_once_over_one_channel_are_all_answered(server: Server, google: ModuleType) -> None:
     request = image_request(google, CAT).SerializeToString()
     expected = server.predict(v1_request(CAT)).json()["predictions"][0]
 
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.http_port}") as channel:
         unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(INFER)
-        answers = await asyncio.gather(*(unary(request, timeout=60) for _ in range(200)))
+        answers = await asyncio.gather(*(unary(request, timeout=60) for _ in range(120)))
 
     for answer in answers:
         assert list(google.ModelInferResponse.FromString(answer).outputs[0].contents.fp32_contents) == expected
