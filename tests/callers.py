@@ -65,6 +65,7 @@ class KeepAlive(Caller):
         assert status.startswith(b"HTTP/1.1 200 "), status
         length, closes = 0, False
         while (line := (await self._reader.readline()).lower()) != b"\r\n":
+            assert line, "half an answer"
             name, _, value = line.partition(b":")
             length = int(value) if name == b"content-length" else length
             closes = closes or (name == b"connection" and value.strip() == b"close")

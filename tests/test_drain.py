@@ -1,10 +1,12 @@
-"""A stop at full load, again and again: what was accepted is answered, and who follows readiness sees no error."""
+"""A stop, or a crash, at full load: what was accepted is answered, but what was in a process that crashed."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +17,15 @@ import httpx
 import numpy as np
 import pytest
 
+from bench.subject import children
 from tests.callers import Caller, Grpc, Http2, KeepAlive, Refused
 from tests.pictures import CAT, v1_request
-from tests.servers import Server, running
+from tests.servers import READY, Server, running
 
 CALLERS = 16
 ANSWERS_BEFORE_STOP = 48
 GRACE_SECONDS = 25
+BACK_SECONDS = 10  # 3 where nothing else wants the CPUs
 BODY = v1_request(CAT).encode()
 KINDS = ["REST, keep-alive", "REST, HTTP/2", "gRPC", "gRPC on the HTTP port", "REST, two workers", "gRPC, two workers"]
 
@@ -124,3 +128,48 @@ async def test_clients_that_follow_readiness_see_no_error_at_all(
 
     assert (code, load.errors) == (0, [])
     assert len(load.answers) > ANSWERS_BEFORE_STOP
+
+
+@chaos
+async def test_of_two_workers_one_that_is_killed_under_load_fails_what_was_inside_it_and_is_replaced(
+    model_dir: Path, google: ModuleType
+) -> None:
+    with running(f"--model_dir={model_dir}", "--workers=2") as server:
+        callers = [KeepAlive(server, BODY) for _ in range(CALLERS)]
+        killed = children(server.process.pid)[0]
+        answers: list[list[float]] = []
+        failures: list[int] = []
+        enough, stop = asyncio.Event(), asyncio.Event()
+
+        async def ask_on(number: int) -> None:
+            while not stop.is_set():
+                try:
+                    answers.append(await callers[number].ask())
+                    if len(answers) >= ANSWERS_BEFORE_STOP:
+                        enough.set()
+                except Refused:
+                    failures.append(number)
+                    await callers[number].close()
+                    callers[number] = KeepAlive(server, BODY)
+            await callers[number].close()
+
+        asking = [asyncio.create_task(ask_on(number)) for number in range(CALLERS)]
+        await asyncio.wait_for(enough.wait(), 60)
+        os.kill(killed, signal.SIGKILL)
+        killed_at, answered_before = time.monotonic(), len(answers)
+        await asyncio.to_thread(server.wait_for_line, re.compile("ended, exit code 137"))
+        await asyncio.to_thread(server.wait_for_line, READY)
+        back_seconds, answered_meanwhile = time.monotonic() - killed_at, len(answers) - answered_before
+        stop.set()
+        await asyncio.gather(*asking)
+        code = await asyncio.to_thread(server.stop)
+
+    sys.stdout.write(
+        f"\n{len(failures)} of {CALLERS} callers lost their request, {answered_meanwhile} were answered in the "
+        f"{back_seconds:.1f} s until the lost worker was back\n"
+    )
+    assert code == 0
+    assert answered_meanwhile > 0
+    assert len(failures) == len(set(failures)) <= CALLERS  # none failed twice: only what was inside
+    assert back_seconds < BACK_SECONDS
+    np.testing.assert_allclose(answers, [answers[0]] * len(answers), rtol=1e-5)
