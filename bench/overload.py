@@ -106,6 +106,7 @@ async def overloaded(subject: Subject, payload: Payload, peak: float, offered: f
     watching = asyncio.create_task(probe())
     arrivals = [asyncio.create_task(clients.ask(request)) async for _ in _poisson(offered, seconds)]
     watching.cancel()
+    await asyncio.wait({watching})
     await asyncio.sleep(RECOVERY_SECONDS)
     after = await clients.ask(request)
     answers = await asyncio.gather(*arrivals)

@@ -28,11 +28,12 @@ import httpx
 import numpy as np
 import pytest
 
+from bench.subject import memory_mib
 from tests.callers import INFER, PATH, Caller, Grpc, Http2, KeepAlive
 from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES
+from tests.marks import chaos
 from tests.pictures import CAT, v1_request
 from tests.servers import Server, running, wait_for
-from tests.test_drain import chaos
 from tests.test_metrics import ended, value
 
 REQUESTS = int(os.environ.get("TEST_CHAOS") or 10_000)
@@ -227,12 +228,6 @@ class Good:
         await caller.close()
 
 
-def rss_mib(server: Server) -> float:
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
-    assert found
-    return int(found[1]) / 1024
-
-
 def tasks(server: Server) -> int:
     server.process.send_signal(signal.SIGUSR1)
     return int(server.wait_for_line(re.compile(r"^tasks: (\d+)"))[1])
@@ -251,7 +246,7 @@ async def test_good_requests_among_thousands_of_hostile_ones_are_all_answered_ri
         attackers = Attackers(server)
         asking = asyncio.create_task(good.run())
         await attackers.run(WARM_REQUESTS)  # what every allocator and cache keeps
-        before_mib = rss_mib(server)
+        before_mib = memory_mib(server.process.pid, "Rss")
         await attackers.run(REQUESTS)
         good.may_ask = False
         await asking
@@ -260,7 +255,7 @@ async def test_good_requests_among_thousands_of_hostile_ones_are_all_answered_ri
         wait_for(lambda: value(server, "serving_requests_under_way") == 0)
         await asyncio.to_thread(server.wait_for_descriptors, idle_descriptors)
         wait_for(lambda: tasks(server) <= idle_tasks)
-        after_mib = rss_mib(server)
+        after_mib = memory_mib(server.process.pid, "Rss")
         outcomes = Counter({outcome: 0 for outcome in ("failed", "rejected")})
         for (_, outcome), count in ended(server).items():
             outcomes[outcome] += int(count)

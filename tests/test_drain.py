@@ -8,10 +8,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import httpx
 import numpy as np
@@ -19,6 +17,7 @@ import pytest
 
 from bench.subject import children
 from tests.callers import Caller, Grpc, Http2, KeepAlive, Refused
+from tests.marks import chaos
 from tests.pictures import CAT, v1_request
 from tests.servers import READY, Server, running
 
@@ -28,18 +27,6 @@ GRACE_SECONDS = 25
 BACK_SECONDS = 10  # 3 where nothing else wants the CPUs
 BODY = v1_request(CAT).encode()
 KINDS = ["REST, keep-alive", "REST, HTTP/2", "gRPC", "gRPC on the HTTP port", "REST, two workers", "gRPC, two workers"]
-
-
-def chaos(test: Callable[..., Any]) -> Callable[..., Any]:
-    """Several minutes in all."""
-    wanted = "TEST_CHAOS" in os.environ
-    for mark in (
-        pytest.mark.skipif(not wanted, reason="slow: `make chaos` runs it"),
-        pytest.mark.slow,
-        pytest.mark.timeout(900),
-    ):
-        test = mark(test)
-    return test
 
 
 def caller(kind: str, server: Server, google: ModuleType) -> Caller:

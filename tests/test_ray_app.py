@@ -15,9 +15,9 @@ import httpx
 import pytest
 import yaml
 
+from tests.marks import needs_ray
 from tests.pictures import PHOTOGRAPHS, v1_request
 from tests.servers import PROJECT, Server
-from tests.test_ray_engine import needs_ray
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 CONFIGURATION = PROJECT / "deploy/ray/serve.yaml"

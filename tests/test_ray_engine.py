@@ -23,23 +23,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import grpc_call
+from tests.marks import needs_ray
 from tests.pictures import PHOTOGRAPHS, v1_request
 from tests.servers import PROJECT, Server, is_alive, running, start_failing, wait_for
 from tests.test_grpc import image_request, tensor_request
 from tests.test_metrics import value
-
-
-def needs_ray(test: Callable[..., Any]) -> Callable[..., Any]:
-    """Three minutes in all, and 450 MB to install."""
-    wanted = "TEST_RAY" in os.environ
-    for mark in (
-        pytest.mark.skipif(not wanted, reason="slow, and needs Ray: `make test-ray` runs it"),
-        pytest.mark.slow,
-        pytest.mark.timeout(300),
-    ):
-        test = mark(test)
-    return test
-
 
 RAY = ("--engine=ray", '--ray_actor_options={"num_cpus": 0.5}')
 BACK_SECONDS = 30
