@@ -1,0 +1,165 @@
+"""What the machine may do to a running server: a full disk, a clock that jumps, a model that becomes garbage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.callers import PATH, Caller, Grpc, Http2, KeepAlive
+from tests.pictures import CAT, v1_request
+from tests.servers import Server, read_until, running, wait_for
+from tests.test_metrics import value
+
+BODY = v1_request(CAT).encode()
+HALF = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % PATH.encode()
+DAY_SECONDS = 24 * 3600
+JUMPING_CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/time.h>
+#include <time.h>
+
+/* A day on, a day back, at every reading. */
+static long jump(void) {
+    static unsigned readings;
+    return (__atomic_fetch_add(&readings, 1, __ATOMIC_RELAXED) % 2) * 24 * 3600;
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*libcs)(clockid_t, struct timespec *);
+    if (!libcs) libcs = dlsym(RTLD_NEXT, "clock_gettime");
+    int failed = libcs(clock, now);
+    if (!failed && clock == CLOCK_REALTIME) now->tv_sec += jump();
+    return failed;
+}
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+    struct timespec precise;
+    int failed = clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec;
+    now->tv_usec = precise.tv_nsec / 1000;
+    return failed;
+}
+time_t time(time_t *now) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    if (now) *now = precise.tv_sec;
+    return precise.tv_sec;
+}
+"""
+
+
+@pytest.fixture
+def jumping_clock(tmp_path: Path) -> Path:
+    """A library that has every reader of the time of day see it jump."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("no C compiler for a clock that jumps")
+    source, library = tmp_path / "clock.c", tmp_path / "clock.so"
+    source.write_text(JUMPING_CLOCK)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+    return library
+
+
+@contextmanager
+def asked_all_the_while(server: Server, model: str, expected: object) -> Iterator[None]:
+    """Two clients that go on asking, and are answered rightly, until some times after the `with`."""
+    answers = []
+    goes_on = True
+
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while goes_on:
+                response = client.post(f"/v1/models/{model}:predict", content=BODY)
+                assert (response.status_code, response.json()) == (200, expected)
+                answers.append(response)
+
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask) for _ in range(2)]
+        try:
+            yield
+            seen = len(answers)
+            wait_for(lambda: len(answers) > seen + 4 or any(one.done() for one in asking))
+        finally:
+            goes_on = False
+        for one in asking:
+            one.result()
+
+
+async def test_a_full_disk_under_the_logs_costs_no_request(model_dir: Path, google: ModuleType) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    with running(f"--model_dir={model_dir}", stdout=full) as server:
+        os.close(full)
+        expected = server.predict(BODY).json()
+        assert len(expected["predictions"]) == 1
+        answers = await _answers([Grpc(server.grpc_port, google, CAT)], 2)
+        np.testing.assert_allclose(answers, expected["predictions"] * 2, rtol=1e-6)
+        assert server.post("/v1/models/nobody:predict", BODY).status_code == 404
+        assert server.stop() == 0
+
+
+async def test_a_clock_that_jumps_by_a_day_at_every_reading_changes_nothing_but_dates(
+    model_dir: Path, google: ModuleType, jumping_clock: Path
+) -> None:
+    environment = {**os.environ, "LD_PRELOAD": str(jumping_clock)}
+    flags = (f"--model_dir={model_dir}", "--read_timeout_seconds=1", "--request_timeout_seconds=30")
+    with running(*flags, environment=environment) as server:
+        with server.connect() as half:
+            half.sendall(HALF)
+            callers = [KeepAlive(server, BODY), Http2(server, BODY), Grpc(server.grpc_port, google, CAT)]
+            answers = await _answers(callers, 8)
+            np.testing.assert_allclose(answers, np.repeat(answers[:1], len(answers), axis=0), rtol=1e-6)
+            assert read_until(half, b'(1)"}').startswith(b"HTTP/1.1 408 ")
+        dates = [parsedate_to_datetime(server.get("/").headers["date"]) for _ in range(8)]
+        jumps = [abs((after - before).total_seconds()) for before, after in pairwise(dates)]
+        assert max(jumps) > DAY_SECONDS / 2
+        for handler in ("preprocess", "predict", "postprocess"):
+            seconds = value(server, f"request_{handler}_seconds_sum", model_name="custom-model")
+            assert 0 < seconds < 60
+        assert server.stop() == 0
+
+
+async def _answers(callers: list[Caller], times: int) -> list[list[float]]:
+    answers = [await caller.ask() for _ in range(times) for caller in callers]
+    for caller in callers:
+        await caller.close()
+    return answers
+
+
+def test_a_model_replaced_by_garbage_under_load_answers_on_until_it_is_loaded_and_harms_no_other(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    good, other = tmp_path / "good", tmp_path / "other"
+    for folder in (good, other):
+        shutil.copytree(model_dir, folder)
+    models = f"--model=good={good},other={other}"
+    with running(models, "--enable_model_repository=true") as server:
+        expected = server.post("/v1/models/good:predict", BODY).json()
+        with asked_all_the_while(server, "good", expected):
+            with asked_all_the_while(server, "other", expected):
+                for file in list(other.iterdir()):
+                    garbage = tmp_path / "garbage"
+                    garbage.write_bytes(os.urandom(100_000))
+                    garbage.replace(file)
+            assert server.post("/v2/repository/models/other/unload", "").status_code == 200
+            refused = server.post("/v2/repository/models/other/load", "")
+            assert refused.status_code == 503
+            assert str(tmp_path) not in refused.text
+            assert server.post("/v1/models/other:predict", BODY).status_code == 503
+            assert server.get("/v2/health/ready").status_code == 200
+
+            shutil.copytree(model_dir, other, dirs_exist_ok=True)
+            assert server.post("/v2/repository/models/other/load", "").status_code == 200
+            assert server.post("/v1/models/other:predict", BODY).json() == expected
+        assert server.stop() == 0
+    assert [line for line in server.log if "other could not be loaded" in line]
