@@ -214,7 +214,7 @@ class Settings:
         256 * MIB, "most bytes of all bodies and gRPC messages under way; one more is answered 503", _positive
     )
     read_timeout_seconds: int = _setting(
-        30, "seconds that a client may take to send a body, or a gRPC message on the HTTP port; a slower one gets 408",
+        30, "seconds that a client may take to send a body or gRPC message; a slower one gets 408 or DEADLINE_EXCEEDED",
         _positive,
     )  # fmt: skip
     request_timeout_seconds: int = _setting(

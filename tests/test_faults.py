@@ -1,9 +1,11 @@
-"""What the machine may do to a running server: a full disk, a clock that jumps, a model that becomes garbage."""
+"""What may befall a running server: a full disk, a clock that jumps, a model that becomes garbage, half a message."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +14,21 @@ from email.utils import parsedate_to_datetime
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
+import h2.config
+import h2.connection
+import h2.events
 import httpx
 import numpy as np
 import pytest
 
-from tests.callers import PATH, Caller, Grpc, Http2, KeepAlive
+from tests.callers import INFER, PATH, Caller, Grpc, Http2, KeepAlive
 from tests.pictures import CAT, v1_request
 from tests.servers import Server, read_until, running, wait_for
 from tests.test_metrics import value
+
+E = TypeVar("E", bound=h2.events.Event)
 
 BODY = v1_request(CAT).encode()
 HALF = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % PATH.encode()
@@ -31,10 +39,10 @@ JUMPING_CLOCK = """
 #include <sys/time.h>
 #include <time.h>
 
-/* A day on, a day back, at every reading. */
+/* A day on or a day back, at any reading. */
 static long jump(void) {
     static unsigned readings;
-    return (__atomic_fetch_add(&readings, 1, __ATOMIC_RELAXED) % 2) * 24 * 3600;
+    return (__atomic_fetch_add(&readings, 1, __ATOMIC_RELAXED) * 2654435761u >> 31) * 24 * 3600;
 }
 int clock_gettime(clockid_t clock, struct timespec *now) {
     static int (*libcs)(clockid_t, struct timespec *);
@@ -108,7 +116,7 @@ async def test_a_full_disk_under_the_logs_costs_no_request(model_dir: Path, goog
         assert server.stop() == 0
 
 
-async def test_a_clock_that_jumps_by_a_day_at_every_reading_changes_nothing_but_dates(
+async def test_a_clock_that_jumps_by_a_day_at_any_reading_changes_nothing_but_dates(
     model_dir: Path, google: ModuleType, jumping_clock: Path
 ) -> None:
     environment = {**os.environ, "LD_PRELOAD": str(jumping_clock)}
@@ -120,7 +128,7 @@ async def test_a_clock_that_jumps_by_a_day_at_every_reading_changes_nothing_but_
             answers = await _answers(callers, 8)
             np.testing.assert_allclose(answers, np.repeat(answers[:1], len(answers), axis=0), rtol=1e-6)
             assert read_until(half, b'(1)"}').startswith(b"HTTP/1.1 408 ")
-        dates = [parsedate_to_datetime(server.get("/").headers["date"]) for _ in range(8)]
+        dates = [parsedate_to_datetime(server.get("/").headers["date"]) for _ in range(30)]
         jumps = [abs((after - before).total_seconds()) for before, after in pairwise(dates)]
         assert max(jumps) > DAY_SECONDS / 2
         for handler in ("preprocess", "predict", "postprocess"):
@@ -163,3 +171,43 @@ def test_a_model_replaced_by_garbage_under_load_answers_on_until_it_is_loaded_an
             assert server.post("/v1/models/other:predict", BODY).json() == expected
         assert server.stop() == 0
     assert [line for line in server.log if "other could not be loaded" in line]
+
+
+@contextmanager
+def half_a_message(server: Server) -> Iterator[tuple[socket.socket, h2.connection.H2Connection]]:
+    """A call on the gRPC port whose message has begun and goes no further; the server has seen that."""
+    h2_connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+    h2_connection.initiate_connection()
+    pseudo = [(":method", "POST"), (":path", INFER), (":scheme", "http"), (":authority", "x")]
+    h2_connection.send_headers(1, [*pseudo, ("content-type", "application/grpc"), ("te", "trailers")])
+    h2_connection.send_data(1, b"\0\0\0\x03\xe8half")
+    h2_connection.ping(b"all sent")
+    with socket.create_connection(("127.0.0.1", server.grpc_port), timeout=30) as connection:
+        connection.sendall(h2_connection.data_to_send())
+        next_event(connection, h2_connection, h2.events.PingAckReceived)
+        yield connection, h2_connection
+
+
+def next_event(connection: socket.socket, h2_connection: h2.connection.H2Connection, kind: type[E]) -> E:
+    while data := connection.recv(65536):
+        for event in h2_connection.receive_data(data):
+            if isinstance(event, kind):
+                return event
+    raise AssertionError(f"the server closed the connection before {kind.__name__}")
+
+
+def test_half_a_grpc_message_is_waited_for_no_longer_than_half_a_body() -> None:
+    with (
+        running("--predictor=tests.predictors:Echo", "--read_timeout_seconds=1") as server,
+        half_a_message(server) as (connection, h2_connection),
+    ):
+        answer = next_event(connection, h2_connection, h2.events.ResponseReceived)
+    assert (b"grpc-status", b"4") in answer.headers
+    assert (b"grpc-message", b"the request did not come within read_timeout_seconds (1)") in answer.headers
+
+
+def test_half_a_grpc_message_holds_up_no_stop_beyond_the_grace_period() -> None:
+    flags = ("--predictor=tests.predictors:Echo", "--grace_period_seconds=1")
+    with running(*flags) as server, half_a_message(server):
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0

@@ -59,6 +59,13 @@ def _refused(message_class: type[M]) -> Iterator[None]:
         raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
 
 
+def there(message: bytes | None) -> bytes:
+    """The message of a call that has one. Raises InvalidInput."""
+    if message is None:
+        raise InvalidInput("the call has no message")
+    return message
+
+
 class Status(NamedTuple):
     """How a call ends, and after how long the client should try again (gRFC A6); never, if 0."""
 

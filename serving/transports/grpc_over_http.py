@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serving.credentials import Credentials
 from serving.errors import InvalidInput, NotSupported, TooLarge, TooSlow
 from serving.settings import Settings
-from serving.transports.grpc_messages import PROBES, Metadata, Service, Status, Stream, Unary, status_of
+from serving.transports.grpc_messages import PROBES, Metadata, Service, Status, Stream, Unary, status_of, there
 from serving.transports.http_connections import has_certificate
 
 PREFIX = struct.Struct(">BI")
@@ -148,10 +148,7 @@ class GrpcOverHttp:
 
 def _as_stream(method: Unary) -> Stream:
     async def answers(messages: AsyncIterator[bytes], metadata: Metadata) -> AsyncIterator[bytes]:
-        async for message in messages:
-            yield await method(message, metadata)
-            return
-        raise InvalidInput("the call has no message")
+        yield await method(there(await anext(messages, None)), metadata)
 
     return answers
 

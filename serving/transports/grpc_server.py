@@ -15,11 +15,11 @@ import grpc
 import grpc.aio
 
 from serving.credentials import Credentials
-from serving.errors import PortInUse
+from serving.errors import PortInUse, TooSlow
 from serving.logs import REQUEST_ID
 from serving.settings import Settings
 from serving.transports import access_log
-from serving.transports.grpc_messages import PROBES, Service, Status, Stream, Unary, status_of
+from serving.transports.grpc_messages import PROBES, Service, Status, Stream, Unary, status_of, there
 
 MOST_STREAMS = 1000
 MOST_PENDING = (
@@ -57,9 +57,9 @@ class GrpcServer:
             for name in service.names:
                 handlers = {}
                 for method, unary in service.unary.items():
-                    handlers[method] = _unary(unary, *self._around(f"/{name}/{method}"))
+                    handlers[method] = _unary(unary, self._around(f"/{name}/{method}"))
                 for method, stream in service.streams.items():
-                    handlers[method] = _stream(stream, *self._around(f"/{name}/{method}"))
+                    handlers[method] = _stream(stream, self._around(f"/{name}/{method}"))
                 self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
         host = settings.host or "::"
         address = f"[{host}]:{settings.grpc_port}" if ":" in host else f"{host}:{settings.grpc_port}"
@@ -75,14 +75,16 @@ class GrpcServer:
         await self._server.start()
 
     async def serve(self, stop: asyncio.Event) -> None:
-        """Answers until `stop`, then refuses new calls and answers what is in flight, however long it takes."""
+        """Answers until `stop`, then refuses new calls and answers what is in flight; cancelled, it cuts that."""
         await stop.wait()
-        await self._server.stop(NEVER)
+        try:
+            await self._server.stop(NEVER)
+        finally:
+            await self._server.stop(None)  # else a call that is left holds up the end of the process for a minute
 
-    def _around(self, path: str) -> tuple[LineOf, Credentials | None]:
-        """What writes the line of a call, and what it has to show."""
+    def _around(self, path: str) -> _Around:
         line_of = partial(_logged, path, self._settings.access_log_format)
-        return line_of, None if path in PROBES else self._credentials
+        return _Around(line_of, None if path in PROBES else self._credentials, self._settings.read_timeout_seconds)
 
 
 @dataclass(slots=True)
@@ -94,8 +96,34 @@ class _Call:
     sent_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What each call of a method has around it: the line that is written of it, what it has to show, a deadline."""
+
+    line_of: Callable[[Context], AbstractContextManager[_Call]]
+    credentials: Credentials | None
+    read_timeout_seconds: int
+
+    async def first(self, messages: AsyncIterator[bytes], call: _Call) -> bytes | None:
+        """The first message, of a call that may ask. Raises Unauthenticated and TooSlow."""
+        if self.credentials:
+            self.credentials.check(call.metadata.get("authorization", ""), has_certificate=True)
+        try:
+            async with asyncio.timeout(self.read_timeout_seconds):
+                return await anext(messages, None)
+        except TimeoutError:
+            raise TooSlow(self.read_timeout_seconds) from None
+
+    async def all(self, messages: AsyncIterator[bytes], call: _Call) -> AsyncIterator[bytes]:
+        """The rest may take any time."""
+        first = await self.first(messages, call)
+        if first is not None:
+            yield first
+            async for message in messages:
+                yield message
+
+
 Context = grpc.aio.ServicerContext[Any, Any]
-LineOf = Callable[[Context], AbstractContextManager[_Call]]
 
 
 @contextmanager
@@ -128,32 +156,29 @@ def _tls(settings: Settings) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key, certificate)], authorities or None, bool(authorities))
 
 
-def _unary(method: Unary, line_of: LineOf, credentials: Credentials | None) -> Any:
-    async def answer(message: bytes, context: Context) -> bytes:
-        with line_of(context) as call:
+def _unary(method: Unary, around: _Around) -> Any:
+    async def answer(messages: AsyncIterator[bytes], context: Context) -> bytes:
+        with around.line_of(context) as call:
             try:
-                if credentials:
-                    credentials.check(call.metadata.get("authorization", ""), has_certificate=True)
-                response = await method(message, call.metadata)
+                response = await method(there(await around.first(messages, call)), call.metadata)
                 call.status, call.sent_bytes = grpc.StatusCode.OK, len(response)
                 return response
             except Exception as error:
                 status = status_of(error)
             return await _end(call, status, context)
 
-    # No deserializer: grpc would answer what it raises with UNKNOWN and its text.
-    return grpc.unary_unary_rpc_method_handler(answer)
+    # No deserializer: grpc would answer what it raises with UNKNOWN and its text. A stream of one message, since grpc
+    # itself would wait for ever for the rest of one: on the wire it is the same.
+    return grpc.stream_unary_rpc_method_handler(answer)
 
 
-def _stream(method: Stream, line_of: LineOf, credentials: Credentials | None) -> Any:
+def _stream(method: Stream, around: _Around) -> Any:
     """Also for methods of one request: on the wire they are streams as well."""
 
     async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        with line_of(context) as call:
+        with around.line_of(context) as call:
             try:
-                if credentials:
-                    credentials.check(call.metadata.get("authorization", ""), has_certificate=True)
-                async for message in method(messages, call.metadata):
+                async for message in method(around.all(messages, call), call.metadata):
                     call.sent_bytes += len(message)
                     yield message
                 call.status = grpc.StatusCode.OK
