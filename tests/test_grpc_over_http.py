@@ -24,13 +24,13 @@ import h2.events
 import httpx
 import pytest
 
+from tests.callers import INFER
 from tests.pictures import CAT, v1_request
 from tests.servers import Server, gated, running
 from tests.test_grpc import image_request
 from tests.test_lifecycle import STOPPING
 from tests.test_metrics import ended, wait_for
 
-INFER = "/inference.GRPCInferenceService/ModelInfer"
 LIVE = "/inference.GRPCInferenceService/ServerLive"
 ECHO = "--predictor=tests.predictors:Echo"
 ROOMY = 64 * 1024 * 1024
@@ -233,9 +233,10 @@ def test_calls_that_end_in_every_way_leave_no_connection_behind(server: Server, 
     server.wait_for_descriptors(before)
 
 
-def test_a_message_that_comes_too_slowly_ends_its_call() -> None:
+@pytest.mark.parametrize("port", ["http_port", "grpc_port"])
+def test_a_message_that_comes_too_slowly_ends_its_call_on_either_port(port: str) -> None:
     with running(ECHO, "--read_timeout_seconds=1") as server:
-        trailers = raw_call(server, frame(bytes(1000))[:500], end=False)
+        trailers = raw_call(server, frame(bytes(1000))[:500], end=False, port=getattr(server, port))
 
     assert trailers["grpc-status"] == str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
     assert trailers["grpc-message"] == "the request did not come within read_timeout_seconds (1)"
