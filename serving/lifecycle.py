@@ -96,6 +96,7 @@ async def _serve(
         await stop.wait()
         deadline = asyncio.get_running_loop().time() + settings.grace_period_seconds
         dataplane.repository.drain()
+        http.drain()
         logger.info("stopping: %d requests to answer", dataplane.under_way)
         hurry = tasks.create_task(at_once.wait())
         await asyncio.wait({hurry}, timeout=settings.drain_delay_seconds)

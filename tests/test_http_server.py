@@ -8,7 +8,9 @@ import signal
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -86,6 +88,46 @@ def test_an_idle_connection_stays_open_for_the_next_request_and_is_closed_in_the
             assert read_until(connection, b'{"status":"alive"}').startswith(b"HTTP/1.1 200 ")
 
         assert connection.recv(65536) == b""  # after a second, by the server
+
+
+@pytest.mark.parametrize("milliseconds", [0.05, 0.1, 0.3])
+def test_what_comes_over_idle_connections_while_it_stops_is_answered_or_not_taken(
+    milliseconds: float, tmp_path: Path
+) -> None:
+    """One request each, so long after the other: those that the log has are those that got an answer."""
+    request, answer = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", b'{"models":["custom-model"]}'
+    with (
+        (tmp_path / "access").open("w") as stdout,
+        running("--predictor=tests.predictors:Echo", stdout=stdout) as server,
+        ExitStack() as opened,
+    ):
+        connections = [opened.enter_context(server.connect()) for _ in range(400)]
+        for connection in connections:
+            connection.sendall(request)
+            read_until(connection, answer)
+        due = time.perf_counter()
+        for number, connection in enumerate(connections):
+            while time.perf_counter() < due:
+                pass
+            if number == 100:
+                server.process.send_signal(signal.SIGTERM)
+            with suppress(OSError):
+                connection.sendall(request)
+            due += milliseconds / 1000
+        answered = sum(received(connection).endswith(answer) for connection in connections)
+        assert server.wait() == 0
+
+    assert (tmp_path / "access").read_text().count('"GET /v1/models ') == len(connections) + answered
+    assert answered >= 100
+
+
+def received(connection: socket.socket) -> bytes:
+    """All until it is closed, politely or not."""
+    data = b""
+    with suppress(OSError):
+        while chunk := connection.recv(65536):
+            data += chunk
+    return data
 
 
 def test_without_a_host_every_interface_is_listened_on() -> None:

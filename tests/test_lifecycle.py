@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from tests.conftest import grpc_call
@@ -138,6 +139,18 @@ def test_a_stopping_server_is_not_ready_and_answers_until_the_drain_delay_is_ove
         assert rest(server, "a").json() == {"predictions": ["a"]}
         assert len(grpc_infer(server, google, "a").outputs) == 1
         assert server.stop() == 0  # at once, by a second signal
+
+
+def test_a_stopping_server_sends_keep_alive_clients_elsewhere() -> None:
+    """They would stay with it to the end of the delay, and be cut there in the midst of a next request."""
+    with running(ECHO, "--drain_delay_seconds=20") as server, httpx.Client(base_url=server.url) as client:
+        assert "connection" not in client.get("/v1/models").headers
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_line(STOPPING)
+
+        assert client.get("/v1/models").headers["connection"] == "close"
+        assert client.get("/v1/models").status_code == 200  # over a new connection
+        assert server.stop() == 0
 
 
 def test_the_drain_delay_ends_by_itself() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from contextlib import suppress
 
 import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -16,6 +18,7 @@ from serving.errors import one_line
 logger = logging.getLogger(__name__)
 
 HAS_CERTIFICATE = "has_certificate"
+LAST_REQUEST_SECONDS = 0.1
 REFUSAL = b"HTTP/1.1 503 \r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -47,6 +50,9 @@ class Connections:
         self._busy.discard(connection)
         self._idle.setdefault(connection)
 
+    def is_idle(self, connection: Connection) -> bool:
+        return connection in self._idle
+
     def busy(self, connection: Connection) -> None:
         self._idle.pop(connection, None)
         self._busy.add(connection)
@@ -58,6 +64,12 @@ class Connections:
 
 class HttpConfig(Config):
     connections: Connections
+    draining = False
+
+    def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
+        """With every answer; once the server drains, a client of HTTP/1.1 is told to connect anew for its next one."""
+        closing = [(b"connection", b"close")] if self.draining and protocol == "h11" else []
+        return [*super().response_headers(protocol), *closing]
 
 
 class Connection(TCPServer):
@@ -66,6 +78,9 @@ class Connection(TCPServer):
     In Hypercorn it waits for the idle timer: every call of a client that closes its connection, as curl does, would
     hold a descriptor for timeout_keep_alive. Here the timer is stopped, and a last response does not start it again.
     And an HTTP/2 response waits for ever in its buffer, which nobody empties any more: here the buffers are closed.
+
+    In Hypercorn a request that comes while its idle connection is closed is answered to nobody: at a stop up to 100 of
+    400 (measured). Here those on their way are answered first, and what comes after the close is not taken.
     """
 
     config: HttpConfig
@@ -93,6 +108,8 @@ class Connection(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, Updated) and not self._client_left:
+            if self.writer.is_closing() and not event.idle:
+                raise ConnectionAbortedError
             (self.config.connections.idle if event.idle else self.config.connections.busy)(self)
         await super().protocol_send(event)
 
@@ -104,8 +121,16 @@ class Connection(TCPServer):
             await buffer.close()
 
     async def _idle_timeout(self) -> None:
-        if not self._client_left:
-            await super()._idle_timeout()
+        if self._client_left:
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.context.terminated.wait(), self.config.keep_alive_timeout)
+            await asyncio.sleep(LAST_REQUEST_SECONDS)
+        await asyncio.shield(self._initiate_server_close())
+
+    async def _initiate_server_close(self) -> None:
+        if self.config.connections.is_idle(self):  # still: the shield lets a request pass
+            await super()._initiate_server_close()
 
 
 hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined]

@@ -62,6 +62,10 @@ class HttpServer:
         for listener in self._sockets:
             listener.listen(BACKLOG)
 
+    def drain(self) -> None:
+        """Still takes requests, and tells clients to send their next one elsewhere."""
+        self._config.draining = True
+
     async def serve(self, app: ASGIApp, stop: asyncio.Event) -> None:
         """Answers until `stop`, then refuses new connections and answers what is in flight, however long it takes."""
         kept = [listener.dup() for listener in self._sockets]
