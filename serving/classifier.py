@@ -45,6 +45,12 @@ class Classifier(Predictor):
                 f"{self.model_dir} lacks the metadata that `python -m model_export` writes ({error}); export it again"
             ) from error
         self.warning = self.card.warning
+        self.properties = {
+            "architecture": self.card.architecture,
+            "weights": self.card.weights,
+            "precision": self.card.precision,
+            "device": self.engine.device,
+        }
         self.preprocessing = image.Preprocessing(
             self.card.resize_pixels,
             self.card.crop_pixels,

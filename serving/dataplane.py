@@ -53,8 +53,10 @@ class DataPlane:
         finally:
             self.metrics.ended(protocol, outcome)
 
-    async def infer(self, model_name: str, decode: Callable[[], Request], encode: Callable[[Response], T]) -> T:
-        """Answer one request; `decode` and `encode` are the transport's, called on a worker thread.
+    async def infer(
+        self, model_name: str, decode: Callable[[], Request], encode: Callable[[Response], T]
+    ) -> tuple[T, Latency]:
+        """Answer one request, and tell where its time went; `decode` and `encode` are the transport's, for threads.
 
         Raises ServingError. Cancelled, it gives up what has not started.
         """
@@ -75,7 +77,7 @@ class DataPlane:
             raise Late(seconds) from None
         if self.settings.enable_latency_logging:
             latency.log()
-        return answer
+        return answer, latency
 
     @property
     def extensions(self) -> list[str]:

@@ -18,6 +18,7 @@ class Latency:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._started_at = time.perf_counter()
         self.seconds = {"preprocess": 0.0, "explain": 0.0, "predict": 0.0, "postprocess": 0.0}
 
     @contextmanager
@@ -29,6 +30,13 @@ class Latency:
         finally:
             self.seconds[handler] = time.perf_counter() - started_at
             self._metrics.handled(handler, model_name, self.seconds[handler])
+
+    @property
+    def server_timing(self) -> str:
+        """W3C's header, in milliseconds; `other` is what has gone by outside the handlers: waiting, JSON."""
+        spent = {name: seconds for name, seconds in self.seconds.items() if seconds}
+        spent["other"] = time.perf_counter() - self._started_at - sum(spent.values())
+        return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in spent.items())
 
     def log(self) -> None:
         """The line of --enable_latency_logging."""

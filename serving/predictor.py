@@ -80,6 +80,7 @@ class Description:
     outputs: Sequence[TensorSpec]
     platform: str
     warning: str
+    properties: Mapping[str, str]
     example: Sequence[Any]
 
     @classmethod
@@ -99,6 +100,8 @@ class Predictor(ABC):
     platform = ""
     warning = ""
     """Shown at every start and in the model's metadata, where not empty."""
+    properties: Mapping[str, str] = {}
+    """Facts for the V2 metadata and the page, by their names: what weights, what precision."""
     takes_every_core = False
     """Whether `predict` keeps all CPU cores busy: then the next requests are decoded before or after it."""
     example: Sequence[Any] = ()

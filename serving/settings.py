@@ -107,6 +107,9 @@ class Settings:
     cors_allow_origins: str = _setting(
         "", "web pages that may call, as origins separated by commas; * is every one, as in the tutorial; else none"
     )
+    enable_ui: bool = _setting(
+        True, "true or false; with it browsers get a page at / to try pictures on; other clients what KServe answers"
+    )
     enable_docs_url: bool = _setting(
         False, "true or false; with it /docs shows the API to people, who can try it out there"
     )

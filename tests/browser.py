@@ -16,12 +16,14 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this
 
 
 @contextmanager
-def opened(url: str) -> Iterator[tuple[Page, list[str]]]:
+def opened(url: str, width_pixels: int = 1280, dark: bool = False) -> Iterator[tuple[Page, list[str]]]:
     """The page, and its troubles so far: requests that failed or were refused, errors and warnings of its scripts."""
     troubles: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *OFFLINE])
-        page = browser.new_page(viewport={"width": 1280, "height": 1400})
+        page = browser.new_page(
+            viewport={"width": width_pixels, "height": 1400}, color_scheme="dark" if dark else "light"
+        )
         page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
         page.on("response", lambda answer: troubles.append(f"{answer.status}: {answer.url}") if not answer.ok else None)
         page.on("console", lambda line: troubles.append(line.text) if line.type in ("error", "warning") else None)

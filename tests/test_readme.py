@@ -166,7 +166,7 @@ def test_the_grpc_table_has_every_method_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
 
-    shown = {name for row in table("as KServe's V1 clients ask it |\n\n") for name in row[0].split(", ")}
+    shown = {name for row in table("with `--enable_ui` |\n\n") for name in row[0].split(", ")}
     assert shown == methods
 
 

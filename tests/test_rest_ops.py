@@ -24,6 +24,7 @@ def test_the_metadata_of_a_seeded_model_warns(server: Server) -> None:
             {"name": "labels", "datatype": "BYTES", "shape": [-1, 5]},
             {"name": "logits", "datatype": "FP32", "shape": [-1, 1000]},
         ],
+        "properties": {"architecture": "alexnet", "weights": "seeded:0", "precision": "fp32", "device": "cpu"},
         "warning": "UNTRAINED WEIGHTS (seeded:0): the answers are meaningless, for tests and benchmarks only",
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -404,3 +405,14 @@ def test_the_predictors_headers_are_those_of_the_response(path: str, server: Ser
     response = server.post(path, body)
 
     assert 0 < float(response.headers["prediction-time-latency"]) < 10_000
+
+
+@pytest.mark.parametrize("path", ["/v1/models/custom-model:predict", INFER])
+def test_a_response_tells_where_its_time_went(path: str, server: Server) -> None:
+    body = v1_request(CAT) if path.startswith("/v1") else json.dumps({"inputs": [image_input(CAT)]})
+
+    response = server.post(path, body)
+
+    spent = dict(re.findall(r"(\w+);dur=(\d+\.\d{3})", response.headers["server-timing"]))
+    assert list(spent) == ["preprocess", "predict", "postprocess", "other"]
+    assert all(0 < float(milliseconds) < 10_000 for milliseconds in spent.values())

@@ -84,7 +84,7 @@ class InferenceService(Service):
             self._dataplane.metrics.received("grpc", len(message))
             name = parse_text(pb.ModelInferRequest, message, MODEL_NAME)
             exchange = _Exchange(name, message, metadata)
-            answer = await self._dataplane.infer(name, exchange.decode, exchange.encode)
+            answer, _ = await self._dataplane.infer(name, exchange.decode, exchange.encode)
             self._dataplane.metrics.sent("grpc", len(answer))
             return answer
 

@@ -17,7 +17,7 @@ from serving.credentials import Credentials
 from serving.dataplane import DataPlane
 from serving.errors import InternalError, ServingError
 from serving.settings import Settings
-from serving.transports import rest_docs, rest_ops, rest_repository, rest_v1, rest_v2
+from serving.transports import rest_docs, rest_ops, rest_page, rest_repository, rest_v1, rest_v2
 from serving.transports.access_log import AccessLog
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
@@ -25,7 +25,7 @@ from serving.transports.rest_access import Access
 from serving.transports.rest_guard import Guard
 from serving.transports.rest_json import error_response, json_response
 
-ROOMS = (rest_ops, rest_v1, rest_v2, rest_repository, rest_docs)
+ROOMS = (rest_page, rest_ops, rest_v1, rest_v2, rest_repository, rest_docs)
 
 
 def make_http_app(

@@ -1,4 +1,4 @@
-"""What operators and platforms ask: is the server alive, is it ready, what does it do."""
+"""What operators and platforms ask: is the server ready, is it live, what does it do."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from serving.transports.rest_json import json_response
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
-    async def alive(_: HttpRequest) -> HttpResponse:
-        return json_response({"status": "alive"})
-
     async def live(_: HttpRequest) -> HttpResponse:
         return json_response({"live": True})
 
@@ -28,7 +25,6 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return HttpResponse(text, headers={"content-type": content_type})
 
     return [
-        Route("/", alive),
         Route("/metrics", metrics),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),

@@ -29,9 +29,9 @@ def routes(dataplane: DataPlane) -> list[Route]:
             body = await read_inference(request, dataplane.metrics, "v1")
             exchange = PredictExchange(name, dict(request.headers), kind, body, dataplane.settings)
             async with while_client_stays(request):
-                answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
+                (answer, headers), latency = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v1", len(answer))
-            return HttpResponse(answer, headers=headers)
+            return HttpResponse(answer, headers={**headers, "server-timing": latency.server_timing})
 
     async def explain(request: HttpRequest) -> HttpResponse:
         dataplane.repository.get_ready(request.path_params["model"])

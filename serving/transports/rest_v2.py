@@ -35,6 +35,8 @@ def routes(dataplane: DataPlane) -> list[Route]:
             "inputs": [_specification(spec) for spec in described.inputs],
             "outputs": [_specification(spec) for spec in described.outputs],
         }
+        if described.properties:
+            content["properties"] = described.properties
         if described.warning:
             content["warning"] = described.warning
         return json_response(content)
@@ -53,9 +55,9 @@ def routes(dataplane: DataPlane) -> list[Route]:
             body = await read_inference(request, dataplane.metrics, "v2")
             exchange = InferExchange(name, dict(request.headers), body)
             async with while_client_stays(request):
-                answer, headers = await dataplane.infer(name, exchange.decode, exchange.encode)
+                (answer, headers), latency = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v2", len(answer))
-            return HttpResponse(answer, headers=headers)
+            return HttpResponse(answer, headers={**headers, "server-timing": latency.server_timing})
 
     async def version(_: HttpRequest) -> HttpResponse:
         raise NotSupported("Model versioning not supported yet.")
