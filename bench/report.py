@@ -77,14 +77,17 @@ def table(rows: Sequence[Row]) -> str:
 def plot(rows: Mapping[str, Sequence[Row]], file: Path) -> None:
     """Throughput against latency: a picture a model, a line a path."""
     import matplotlib.pyplot as plt  # a second to load, and only at the end
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, len(rows), figsize=(6 * len(rows), 4.5), squeeze=False, sharey=True)
     for axis, (model, measured) in zip(axes[0], rows.items(), strict=True):
         for name in dict.fromkeys(row.name for row in measured):
             line = [row for row in measured if row.name == name]
             axis.plot([row.p50_ms for row in line], [row.per_second for row in line], marker="o", label=name)
-        axis.set(title=model, xlabel="p50 ms", xscale="log", ylabel="requests/s", ylim=(0, None))
+        axis.set(title=Path(model).name, xlabel="p50 ms", xscale="log", ylabel="requests/s")
+        axis.xaxis.set(major_locator=LogLocator(10, (1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         axis.grid(alpha=0.3)
+    axes[0][0].set_ylim(0)  # of all: they share it, and each may only raise it until here
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)

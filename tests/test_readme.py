@@ -10,7 +10,9 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -93,27 +95,69 @@ def test_a_request_is_made_from_a_picture(server: Server) -> None:
     )
 
 
-def test_the_predictor_of_ones_own_serves_both_protocols(tmp_path: Path) -> None:
-    (tmp_path / "iris.py").write_text(blocks("python")[0])
-    flags = shlex.split(command(".venv/bin/python app.py --model_name=iris"))[2:]
+@pytest.fixture(scope="module")
+def iris(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which somebody has followed the README: the model made, the predictor written."""
+    folder = tmp_path_factory.mktemp("iris")
+    making, predictor = blocks("python")
+    subprocess.run([sys.executable, "-W", "error", "-c", making], cwd=folder, check=True, timeout=60)
+    (folder / "iris.py").write_text(predictor)
+    return folder
 
-    with running(*flags, environment={**os.environ, "PYTHONPATH": str(tmp_path)}) as server:
-        answer = run(command("curl localhost:8080/v1/models/iris"), server)
 
-    assert answer == blocks("json")[1].strip()
+def flags_in(folder: Path, line: str) -> list[str]:
+    """Those of a command that is run in `folder`."""
+    return [word.replace("iris.onnx", f"{folder}/iris.onnx") for word in shlex.split(line)[2:]]
 
 
-def test_several_models_are_served_by_one_process(model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "iris.py").write_text(blocks("python")[0])
+def rounded(answer: Any) -> Any:
+    """Every row of one shape, so that numbers can be compared."""
+    return [[row["label"], *row["probabilities"]] for row in answer["predictions"]]
+
+
+def test_the_predictor_of_ones_own_answers_as_shown(iris: Path) -> None:
+    flags = flags_in(iris, command(".venv/bin/python app.py --model_name=iris"))
+
+    with running(*flags, environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
+        answer = json.loads(run(command("curl localhost:8080/v1/models/iris"), server))
+        refused = server.post("/v1/models/iris:predict", '{"instances": [[1, 2]]}')
+        assert server.get("/v2/models/iris").json()["inputs"] == [{"name": "X", "datatype": "FP32", "shape": [-1, 4]}]
+
+    np.testing.assert_allclose(rounded(answer), rounded(json.loads(blocks("json")[1])), atol=1e-3)
+    assert (refused.status_code, refused.json()) == (400, {"error": "the input must be four numbers a row"})
+
+
+def test_several_models_are_served_by_one_process(model_dir: Path, iris: Path) -> None:
     line = command(".venv/bin/python app.py --model=pictures").replace("=model,", f"={model_dir},")
 
-    with running(*shlex.split(line)[2:], environment={**os.environ, "PYTHONPATH": str(tmp_path)}) as server:
+    with running(*flags_in(iris, line), environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
         assert server.get("/v2/models").json() == {"models": ["pictures", "iris"]}
-        assert run(command("curl localhost:8080/v1/models/iris"), server) == blocks("json")[1].strip()
+        answer = json.loads(run(command("curl localhost:8080/v1/models/iris"), server))
+        assert [row["label"] for row in answer["predictions"]] == [0, 2]
 
 
-def test_the_class_of_ones_own_has_about_ten_lines() -> None:
-    assert len(blocks("python")[0].strip().splitlines()) <= 14
+def test_the_class_of_ones_own_has_about_twenty_lines() -> None:
+    assert len(blocks("python")[1].strip().splitlines()) <= 22
+
+
+def test_the_texts_of_troubles_are_those_of_the_code() -> None:
+    code = "".join(file.read_text() for file in [*(PROJECT / "serving").rglob("*.py")])
+    shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
+    texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
+
+    texts = texts[: texts.index("a key is needed") + 1]  # the others are other people's
+    assert len(texts) > 10
+    for text in texts:
+        assert text in code, text
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in (PROJECT / "docs").glob("*.md"))])
+def test_every_link_leads_to_a_file(page: str) -> None:
+    text = (PROJECT / page).read_text()
+
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (PROJECT / page).parent.joinpath(target).is_file(), target
+    assert page == "README.md" or "```" not in text  # commands are the README's, where they are run
 
 
 def test_every_other_command_is_run_by_ci() -> None:
