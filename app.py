@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 
 from serving import NAME, STOP_SIGNALS
-from serving.command_line import parse_settings
+from serving.command_line import CHECK, parse_settings
 from serving.errors import DrainCut, EngineLost, StartError
 from serving.logs import configure_logging
 
@@ -18,6 +18,11 @@ def main() -> int:
         configure_logging(settings, os.environ)
         for number in STOP_SIGNALS:
             signal.signal(number, _leave)  # nothing is accepted yet, so nothing is lost
+        if CHECK in sys.argv[1:]:
+            from serving import check
+
+            sys.stdout.writelines(f"{line}\n" for line in check.run(settings))
+            return 0
         # Each imports only what it needs: a supervisor is 20 MB, a server five times that.
         if settings.workers > 1:
             from serving import supervisor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any, NoReturn, get_type_hints
 
 from serving import __version__
 from serving.errors import BadSetting
-from serving.settings import Settings
+from serving.settings import GROUPS, Settings
 
 ENVIRONMENT_PREFIX = "SERVING_"  # bare names would clash: Kubernetes sets HTTP_PORT=tcp://… for a service named http
 KSERVE_VARIABLES = ("protocol", "storage_uri", "ce_type", "ce_source", "ce_merge")  # known under their bare names
+CHECK = "--check"
 BOOLEANS = dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True) | dict.fromkeys(
     ("n", "no", "f", "false", "off", "0"), False
 )  # as KServe's flags take them
@@ -103,6 +105,11 @@ def _convert(source: str, text: str, kind: Any) -> Any:
         raise BadSetting(f"{source} must be a whole number, not {text}") from None
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=6, width=min(100, shutil.get_terminal_size().columns))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if re.search("--(enable[-_])?predictor[-_]", message):
@@ -113,21 +120,33 @@ class _Parser(argparse.ArgumentParser):
 def _parser(types: Mapping[str, Any]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="app.py",
+        usage="python app.py [--flag=value …]",
+        formatter_class=_HelpFormatter,
         description="Serves a model over KServe's REST and gRPC protocols.",
         epilog=f"Every flag may be written with - for _. {TRANSFORMERS}",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        CHECK, action="store_true", help="load the models, print what would be served and exit, without listening"
+    )
+    group = parser.add_argument_group()
     for entry in fields(Settings):
-        spellings = dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"])
+        if entry.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[entry.name])
         help_text = entry.metadata["help"].replace("%", "%%")
         default = f"default {default_text(entry.default)}, " if default_text(entry.default) else ""
-        parser.add_argument(
-            *spellings,
-            dest=entry.name,
-            action="append" if types[entry.name] == tuple[str, ...] else "store",
-            metavar=entry.name.rsplit("_", 1)[-1].upper(),
-            help=f"{help_text} ({default}environment {environment_variable(entry.name)})",
-        )
+        shown = f"{help_text} ({default}environment {environment_variable(entry.name)})"
+        for flag, help_shown in {
+            f"--{entry.name.replace('_', '-')}": argparse.SUPPRESS,
+            f"--{entry.name}": shown,
+        }.items():
+            group.add_argument(
+                flag,
+                dest=entry.name,
+                action="append" if types[entry.name] == tuple[str, ...] else "store",
+                metavar=entry.name.rsplit("_", 1)[-1].upper(),
+                help=help_shown,
+            )
     return parser

@@ -25,6 +25,7 @@ from serving.repository import Repository
 from serving.settings import Settings
 from serving.shared_weights import forget_shared_models
 from serving.sockets import Inherited, allow_descriptors, bind_http, inherited
+from serving.summary import summary
 from serving.threads import Threads
 from serving.transports.grpc_health import HealthService
 from serving.transports.grpc_messages import Service
@@ -42,23 +43,23 @@ CANCEL_SECONDS = 0.1
 def run(settings: Settings) -> None:
     """Serve until a signal, and answer what was accepted before it. Raises StartError."""
     allow_descriptors()
-    loop_factory = _loop_factory(settings.event_loop)
+    factory = loop_factory(settings.event_loop)
     supervised = inherited(os.environ)
     # Bound at once: that a port is in use is known before a model is loaded.
     sockets = supervised.http if supervised else bind_http(settings.host, settings.http_port)
     http = HttpServer(sockets, settings, shared=supervised is not None)
     credentials = Credentials(settings)
-    with loaded(settings) as dataplane, asyncio.Runner(loop_factory=loop_factory) as runner:
+    with loaded(settings) as dataplane, asyncio.Runner(loop_factory=factory) as runner:
         runner.run(_serve(http, dataplane, credentials, settings, supervised))
 
 
 @contextmanager
-def loaded(settings: Settings) -> Iterator[DataPlane]:
-    """All below the transports, the models loaded. Raises StartError."""
+def loaded(settings: Settings, every: bool = False) -> Iterator[DataPlane]:
+    """All below the transports, the models loaded, one at least or `every` one. Raises StartError."""
     metrics = Metrics()
     threads = Threads(settings.max_asyncio_workers or settings.threads or available_cpus())
     models = make_models(settings, Shared(threads, Cores(), metrics))
-    load(models)
+    load(models, every)
     repository = Repository(models, metrics, settings.enable_model_repository)
     try:
         yield DataPlane(repository, settings, metrics)
@@ -86,6 +87,8 @@ async def _serve(
         f"gRPC port {grpc.port}" if grpc else "no gRPC",
         f", of which the platform wants {settings.protocol}" if settings.protocol else "",
     )
+    for line in summary(dataplane.repository, settings):
+        logger.info(line)
     if supervised:
         _report(supervised.supervisor, stop)
     async with asyncio.TaskGroup() as tasks:
@@ -161,8 +164,8 @@ def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:
     return services
 
 
-def _loop_factory(event_loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """None is asyncio's own."""
+def loop_factory(event_loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """None is asyncio's own. Raises BadSetting."""
     if event_loop != "uvloop":
         return None
     try:

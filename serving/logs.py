@@ -11,6 +11,7 @@ import configparser
 import json
 import logging
 import logging.config
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -45,6 +46,7 @@ class DefaultFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         name = record.levelname
         shown = f"{COLOURS.get(name, '')}{name}{RESET}" if self._use_colors else name
+        record.__dict__["shownlevel"] = shown
         record.__dict__["levelprefix"] = f"{shown}:{' ' * (8 - len(name))}"
         return super().formatMessage(record)
 
@@ -117,7 +119,8 @@ def configure_logging(settings: Settings, environment: Mapping[str, str]) -> Non
     file = settings.log_config_file
     try:
         if file is None:
-            configure(_default_configuration(level, settings.log_format))
+            colours = sys.stderr.isatty() and not environment.get("NO_COLOR")
+            configure(_default_configuration(level, settings.log_format, colours))
         elif file.suffix == ".json":
             configure(json.loads(file.read_text()))
         elif file.suffix in (".yaml", ".yml"):
@@ -151,12 +154,14 @@ def _ours(configuration: Any) -> Any:
     return replaced
 
 
-def _default_configuration(level: str, log_format: str) -> dict[str, Any]:
+def _default_configuration(level: str, log_format: str, colours: bool) -> dict[str, Any]:
     location = "[%(filename)s:%(funcName)s():%(lineno)d]"
     formatters: dict[str, Any] = {
         "default": {
-            "format": f"%(asctime)s.%(msecs)03d %(process)d %(name)s %(levelname)s {location} %(message)s",
+            "()": f"{__name__}.DefaultFormatter",
+            "fmt": f"%(asctime)s.%(msecs)03d %(process)d %(name)s %(shownlevel)s {location} %(message)s",
             "datefmt": DATE_FORMAT,
+            "use_colors": colours,
         },
         "access": {
             "()": f"{__name__}.AccessFormatter",

@@ -33,15 +33,18 @@ def make_models(settings: Settings, shared: Shared) -> list[Model]:
     return [kind(predictors[name], replace(settings, model_name=name), place, shared) for name, place in places.items()]
 
 
-def load(models: Sequence[Model]) -> None:
-    """One after the other. One of several may fail, and is not ready then. Raises StartError where none can be had."""
+def load(models: Sequence[Model], every: bool = False) -> None:
+    """One after the other. One of several may fail, unless `every` is wanted, and is not ready then.
+
+    Raises StartError where none can be had.
+    """
     failures: dict[str, StartError] = {}
     for model in models:
         try:
             model.load()
         except StartError as error:
             failures[model.name] = error
-    if len(failures) == len(models):
+    if len(failures) == len(models) or (every and failures):
         raise next(iter(failures.values()))
     for name, failure in failures.items():
         logger.error("%s is NOT SERVED, the others are: %s", name, failure)

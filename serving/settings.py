@@ -48,6 +48,19 @@ def _setting(default: Any, help_text: str, check: Check | None = None) -> Any:
     return field(default=default, metadata={"help": help_text, "check": check})
 
 
+# In --help and the README, by the setting that each begins with.
+GROUPS = {
+    "model_name": "Model",
+    "host": "Ports",
+    "ssl_certfile": "Security",
+    "enable_ui": "Interfaces",
+    "engine": "Computing",
+    "max_batch_size": "Batches and threads",
+    "enable_latency_logging": "Logs",
+    "max_connections": "Limits",
+    "grace_period_seconds": "Stopping",
+}
+
 _port = _between(0, 65535)
 _positive = _between(1, 2**31 - 1)
 

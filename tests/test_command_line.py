@@ -9,7 +9,7 @@ import pytest
 
 from serving.command_line import environment_variable, parse_settings
 from serving.errors import BadSetting
-from serving.settings import Settings
+from serving.settings import GROUPS, Settings
 
 
 def test_without_flags_and_environment_every_setting_has_its_default() -> None:
@@ -190,7 +190,7 @@ def test_the_model_dir_is_a_path() -> None:
     [
         (["--no_such_flag=1"], {}, "unrecognized arguments: --no_such_flag=1 (--help lists the flags)"),
         (["--http"], {}, "unrecognized arguments: --http (--help lists the flags)"),
-        (["--http_port"], {}, "argument --http_port/--http-port: expected one argument (--help lists the flags)"),
+        (["--http_port"], {}, "argument --http_port: expected one argument (--help lists the flags)"),
         (["--http_port=eighty"], {}, "--http_port must be a whole number, not eighty"),
         (["--http_port=65536"], {}, "--http_port must lie between 0 and 65535, not 65536"),
         ([], {"SERVING_HTTP_PORT": "-1"}, "SERVING_HTTP_PORT must lie between 0 and 65535, not -1"),
@@ -235,3 +235,15 @@ def test_what_makes_no_sense_is_refused_in_one_line_that_names_its_source(
         parse_settings(arguments, environment)
 
     assert str(error.value) == problem
+
+
+def test_help_shows_every_flag_once_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"], {})
+
+    lines = capsys.readouterr().out.splitlines()
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert flags == ["--version", "--check", *(f"--{entry.name}" for entry in fields(Settings))]
+    assert [line for line in lines if line in {f"{title}:" for title in GROUPS.values()}] == [
+        f"{title}:" for title in GROUPS.values()
+    ]

@@ -16,6 +16,8 @@ FLOORS = {
     "serving.healthcheck": 8,
     "serving.lifecycle": 8,
     "serving.supervisor": 8,
+    "serving.check": 8,
+    "serving.summary": 5,
     "serving.transports": 7,
     "serving.dataplane": 6,
     "serving.admission": 2,
@@ -52,6 +54,7 @@ FLOORS = {
 # On one floor, these few lean on a neighbour.
 NEIGHBOURS = {
     ("serving.ray_engine", "serving.ray_replica"),
+    ("serving.check", "serving.lifecycle"),
     ("serving.shared_weights", "serving.errors"),
     ("serving.sockets", "serving.errors"),
     ("serving.transports", "serving.transports"),

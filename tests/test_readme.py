@@ -21,7 +21,7 @@ from serving.dataplane import DataPlane
 from serving.errors import ServingError, StartError
 from serving.metrics import Metrics
 from serving.repository import Repository
-from serving.settings import Settings
+from serving.settings import GROUPS, Settings
 from serving.transports.grpc_service import InferenceService
 from serving.transports.http_app import ROOMS
 from tests.pictures import MODES
@@ -181,7 +181,9 @@ def test_every_other_command_is_run_by_ci() -> None:
 def test_the_settings_are_those_of_the_code() -> None:
     shown = table("overrules its environment variable, and that the default.\n\n")
 
-    assert shown == [
+    starts = {shown[index + 1][0]: row[0] for index, row in enumerate(shown) if row[0].startswith("**")}
+    assert starts == {f"--{first}": f"**{title}**" for first, title in GROUPS.items()}
+    assert [row for row in shown if row[0].startswith("--")] == [
         [
             f"--{entry.name}",
             environment_variable(entry.name),
