@@ -1,85 +1,81 @@
-"""Sends pictures over gRPC: `python -m clients.grpc_client photo.jpg` or `… input.json`, from the project's folder.
-
-INGRESS_HOST, INGRESS_PORT, SERVICE_HOSTNAME and MODEL_NAME say where to, as in KServe's tutorial; without them it is
-the model custom-model on localhost:8081.
-"""
+"""Asks over gRPC what is in pictures: `python -m clients.grpc_client photo.jpg`, from the project's folder."""
 
 from __future__ import annotations
 
-import base64
+import argparse
 import json
-import os
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 
+from clients.asking import Ask, Classes, Refused, authorization, run
 from proto.generated import inference as pb
 from proto.wire import decode
 
-METHOD = "/inference.GRPCInferenceService/ModelInfer"
-TIMEOUT_SECONDS = 60
+SERVICE = "inference.GRPCInferenceService"
+# A busy server answers UNAVAILABLE, and says after how long to come again; grpc itself waits and does.
+RETRIES = {
+    "maxAttempts": 4,
+    "initialBackoff": "0.5s",
+    "maxBackoff": "5s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
 
 
-def read_pictures(path: Path) -> list[bytes]:
-    """The pictures of a V1 or V2 request in JSON, or the one that the file is."""
-    if path.suffix != ".json":
-        return [path.read_bytes()]
-    request = json.loads(path.read_text())
-    if "instances" in request:
-        texts = [instance["image"]["b64"] for instance in request["instances"]]
-    else:
-        texts = [text for tensor in request["inputs"] for text in tensor["data"]]
-    return [base64.b64decode(text) for text in texts]
-
-
-def infer(address: str, authority: str, model_name: str, pictures: list[bytes]) -> pb.ModelInferResponse:
-    """`authority` is the host that a gateway routes by; raises grpc.RpcError."""
-    request = pb.ModelInferRequest(
-        model_name=model_name,
-        inputs=[
-            pb.ModelInferRequestInferInputTensor(
-                name="input-0",
-                datatype="BYTES",
-                shape=[len(pictures)],
-                contents=pb.InferTensorContents(bytes_contents=pictures),
-            )
-        ],
-    )
-    options = [("grpc.default_authority", authority)] if authority else []
-    with grpc.insecure_channel(address, options=options) as channel:
-        call: grpc.UnaryUnaryMultiCallable[pb.ModelInferRequest, bytes] = channel.unary_unary(
-            METHOD, request_serializer=bytes
+@contextmanager
+def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
+    key = authorization(arguments)
+    metadata = (("authorization", key),) if key else ()
+    with _channel(arguments) as channel:
+        infer: grpc.UnaryUnaryMultiCallable[pb.ModelInferRequest, bytes] = channel.unary_unary(
+            f"/{SERVICE}/ModelInfer", request_serializer=bytes
         )
-        return decode(pb.ModelInferResponse, call(request, timeout=TIMEOUT_SECONDS))
+
+        def ask(picture: bytes) -> Classes:
+            contents = pb.InferTensorContents(bytes_contents=[picture])
+            request = pb.ModelInferRequest(
+                model_name=arguments.model_name,
+                inputs=[
+                    pb.ModelInferRequestInferInputTensor(name="input-0", datatype="BYTES", shape=[1], contents=contents)
+                ],
+                outputs=[
+                    pb.ModelInferRequestInferRequestedOutputTensor(name=name) for name in ("labels", "probabilities")
+                ],
+            )
+            try:
+                answer = infer(request, timeout=arguments.timeout_seconds, metadata=metadata)
+            except grpc.RpcError as error:
+                raise Refused(f"{arguments.address} answered {error.code().name}: {error.details()}") from None
+            labels, probabilities = (tensor.contents for tensor in decode(pb.ModelInferResponse, answer).outputs)
+            if labels is None or probabilities is None:
+                raise Refused(f"{arguments.address} answered something else than classes")
+            texts = [label.decode() for label in labels.bytes_contents]
+            return list(zip(texts, probabilities.fp32_contents, strict=True))
+
+        yield ask
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        sys.stderr.write("usage: python -m clients.grpc_client PICTURE|input.json\n")
-        return 2
-    address = f"{os.environ.get('INGRESS_HOST', 'localhost')}:{os.environ.get('INGRESS_PORT', '8081')}"
-    model_name = os.environ.get("MODEL_NAME", "custom-model")
-    started = time.monotonic()
-    try:
-        pictures = read_pictures(Path(sys.argv[1]))
-        response = infer(address, os.environ.get("SERVICE_HOSTNAME", ""), model_name, pictures)
-    except OSError as error:
-        sys.stderr.write(f"grpc_client: {error.filename}: {error.strerror}\n")
-        return 1
-    except (KeyError, TypeError, ValueError):
-        sys.stderr.write(f"grpc_client: {sys.argv[1]} is neither a picture nor a V1 or V2 request in JSON\n")
-        return 1
-    except grpc.RpcError as error:
-        sys.stderr.write(f"grpc_client: {address} answered {error.code().name}: {error.details()}\n")
-        return 1
-    print(f"{response.model_name} answered {response.id} in {(time.monotonic() - started) * 1000:.0f} ms")
-    for tensor in response.outputs:
-        values = tensor.contents.fp32_contents if tensor.contents else []
-        print(f"{tensor.name} {tensor.datatype} {list(tensor.shape)} {list(values)}")
-    return 0
+def _channel(arguments: argparse.Namespace) -> grpc.Channel:
+    """Raises OSError."""
+    config = {"methodConfig": [{"name": [{"service": SERVICE}], "retryPolicy": RETRIES}]}
+    options = [("grpc.service_config", json.dumps(config))]
+    if arguments.authority:
+        options.append(("grpc.default_authority", arguments.authority))
+    if not arguments.ssl_ca_certs:
+        return grpc.insecure_channel(arguments.address, options)
+    credentials = grpc.ssl_channel_credentials(
+        arguments.ssl_ca_certs.read_bytes(), _bytes_of(arguments.ssl_keyfile), _bytes_of(arguments.ssl_certfile)
+    )
+    return grpc.secure_channel(arguments.address, credentials, options)
+
+
+def _bytes_of(file: Path | None) -> bytes | None:
+    return file.read_bytes() if file else None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("grpc_client", 8081, connected))

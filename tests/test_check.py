@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import PROJECT, Server
+from tests.servers import PROJECT, Server, running
 
 ECHO = "--predictor=tests.predictors:Echo"
 LIMITS = "at most 128 requests of a model at once, 8 rows in a batch, 8 MiB a body, 60 s an answer"
@@ -49,9 +49,10 @@ def test_it_says_what_would_be_served_and_by_which_ports(workers: int, model_dir
     )
 
 
-def test_a_start_says_the_same_once_it_is_ready(server: Server) -> None:
-    assert server.wait_for_line(re.compile("custom-model: architecture alexnet, weights seeded:0, precision fp32"))
-    assert server.wait_for_line(re.compile(LIMITS))
+def test_a_start_says_the_same_once_it_is_ready(model_dir: Path) -> None:
+    with running(f"--model_dir={model_dir}") as server:
+        server.wait_for_line(re.compile("custom-model: architecture alexnet, weights seeded:0, precision fp32"))
+        server.wait_for_line(re.compile(LIMITS))
 
 
 def test_it_listens_nowhere(server: Server) -> None:

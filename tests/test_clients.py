@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -14,7 +21,8 @@ from PIL import Image, ImageChops
 
 from examples.draw import draw
 from tests.pictures import CAT, MODES, v1_request
-from tests.servers import PROJECT, Server
+from tests.servers import PROJECT, Server, running
+from tests.test_credentials import make_party
 
 
 def client(*arguments: str, port: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,48 +37,145 @@ def client(*arguments: str, port: int = 1, **environment: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize("kind", ["V1 request", "V2 request", "picture"])
-def test_the_grpc_client_reads_a_picture_and_either_protocols_request(
-    kind: str, server: Server, tmp_path: Path
+BOTH = pytest.mark.parametrize("name", ["rest_client", "grpc_client"])
+
+
+def port_of(server: Server, name: str) -> int:
+    return server.http_port if name == "rest_client" else server.grpc_port
+
+
+def expected(server: Server, picture: bytes) -> list[tuple[str, float]]:
+    request = {**json.loads(v1_request(picture)), "signature_name": "classification"}
+    (row,) = server.predict(json.dumps(request)).json()["predictions"]
+    return [(one["label"], one["probability"]) for one in row]
+
+
+@BOTH
+def test_a_client_prints_each_pictures_labels_and_time(name: str, server: Server, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(CAT)
+
+    done = client(f"clients.{name}", f"{tmp_path}/*.png", port=port_of(server, name))
+
+    lines = done.stdout.splitlines()
+    assert [re.sub(r"\d+ ms$", "", line) for line in lines[::6]] == [
+        f"{tmp_path}/{number}.png  " for number in range(3)
+    ]
+    assert lines[1:6] == [f"  {probability:6.1%}  {label}" for label, probability in expected(server, CAT)]
+    assert re.fullmatch(r"3 pictures in [\d.]+ s, [\d.]+ a second, 0 failed\n", done.stderr)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["V1 request", "V2 request", "URL"])
+def test_a_client_reads_requests_of_either_protocol_and_urls(
+    name: str, kind: str, server: Server, tmp_path: Path
 ) -> None:
-    file = tmp_path / ("photo.png" if kind == "picture" else "input.json")
     request = json.loads(v1_request(CAT))
     if kind == "V2 request":
         text = request["instances"][0]["image"]["b64"]
         request = {"inputs": [{"name": "input-0", "shape": [1], "datatype": "BYTES", "data": [text]}]}
-    file.write_bytes(CAT if kind == "picture" else json.dumps(request).encode())
+    (tmp_path / "input.json").write_text(json.dumps(request))
+    (tmp_path / "cat.png").write_bytes(CAT)
+    with serving_files(tmp_path) as url:
+        source = f"{url}/cat.png" if kind == "URL" else f"{tmp_path}/input.json"
+        done = client(f"clients.{name}", source, "--format=json", port=port_of(server, name))
 
-    done = client("clients.grpc_client", str(file), port=server.grpc_port)
+    (found,) = json.loads(done.stdout)
+    assert found["picture"].startswith(source)
+    assert [one["label"] for one in found["classes"]] == [label for label, _ in expected(server, CAT)]
+    assert [one["probability"] for one in found["classes"]] == pytest.approx([one for _, one in expected(server, CAT)])
 
-    expected = server.predict(v1_request(CAT)).json()["predictions"][0]
-    assert done.stdout.splitlines()[1] == f"output-0 FP32 [1, 5] {expected}"
+
+@contextmanager
+def serving_files(folder: Path) -> Iterator[str]:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        thread = Thread(target=files.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{files.server_port}"
+        finally:
+            files.shutdown()
+            thread.join()
 
 
-def test_the_grpc_client_calls_the_model_and_the_host_of_the_environment(server: Server) -> None:
+@BOTH
+def test_what_has_no_answer_is_told_and_the_others_are_written(name: str, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(CAT)
+    (tmp_path / "half.png").write_bytes(CAT[:200])
+    pictures = [f"{tmp_path}/half.png", f"{tmp_path}/cat.png", "absent.jpg"]
+
     done = client(
-        "clients.grpc_client",
+        f"clients.{name}", *pictures, "--format=csv", f"--output={tmp_path}/found.csv", port=port_of(server, name)
+    )
+
+    problems = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, len(problems)) == (1, "", 3)
+    assert problems[0].startswith(f"{name}: {tmp_path}/half.png: 127.0.0.1:{port_of(server, name)} answered ")
+    assert problems[1] == f"{name}: absent.jpg: No such file or directory"
+    assert problems[2].endswith(", 2 failed")
+    rows = list(csv.DictReader((tmp_path / "found.csv").read_text().splitlines()))
+    assert [row["picture"] for row in rows] == [f"{tmp_path}/cat.png"] * 5
+    assert [row["label"] for row in rows] == [label for label, _ in expected(server, CAT)]
+
+
+@BOTH
+def test_a_client_shows_its_key_and_certificate(name: str, model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    authority = make_party(tmp_path, "authority", None)
+    own, other = (make_party(tmp_path, one, authority) for one in ("server", "client"))
+    asked = (f"--ssl_ca_certs={authority.certificate}", f"--api_key_file={tmp_path}/key")
+    shown = (f"--ssl_certfile={other.certificate}", f"--ssl_keyfile={other.key}")
+    served = (f"--ssl_certfile={own.certificate}", f"--ssl_keyfile={own.key}")
+    with running(f"--model_dir={model_dir}", *served, *asked) as server:
+        picture = (f"clients.{name}", "examples/picture.jpg")
+        address = f"--address=localhost:{port_of(server, name)}"
+        welcome = client(*picture, address, *asked, *shown)
+        stranger = client(*picture, address, *asked)
+        keyless = client(*picture, address, asked[0], *shown)
+
+    assert (welcome.returncode, len(welcome.stdout.splitlines())) == (0, 6)
+    assert (stranger.returncode, len(stranger.stderr.splitlines())) == (1, 1)
+    assert (keyless.returncode, "a key is needed" in keyless.stderr) == (1, True)
+
+
+@BOTH
+def test_a_client_comes_again_when_a_busy_server_says_so(name: str, model_dir: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (4000, 4000)).save(tmp_path / f"{number}.jpg")  # at once, and each for a while
+
+    with running(f"--model_dir={model_dir}", "--max_concurrent_requests=1") as server:
+        done = client(f"clients.{name}", f"{tmp_path}/*.jpg", "--connections=3", port=port_of(server, name))
+        assert 'outcome="rejected"' in server.get("/metrics").text
+
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 18)
+
+
+@BOTH
+def test_a_client_calls_the_model_and_the_host_of_the_environment(name: str, server: Server) -> None:
+    done = client(
+        f"clients.{name}",
         "examples/picture.jpg",
-        port=server.grpc_port,
+        port=port_of(server, name),
         MODEL_NAME="other",
         SERVICE_HOSTNAME="custom-model.example.com",
     )
 
     assert done.returncode == 1
-    assert done.stderr == (
-        f"grpc_client: 127.0.0.1:{server.grpc_port} answered NOT_FOUND: Model with name other does not exist.\n"
-    )
+    assert done.stderr.endswith(": Model with name other does not exist.\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (["clients.grpc_client"], 2, "usage: python -m clients.grpc_client PICTURE|input.json\n"),
-        (["clients.grpc_client", "absent.jpg"], 1, "grpc_client: absent.jpg: No such file or directory\n"),
-        (["clients.grpc_client", "examples/picture.jpg"], 1, "grpc_client: 127.0.0.1:1 answered UNAVAILABLE: "),
+        (["clients.grpc_client", "absent.json"], 1, "grpc_client: absent.json: No such file or directory\n"),
+        (["clients.grpc_client", "examples/picture.jpg"], 1, "grpc_client: examples/picture.jpg: 127.0.0.1:1 "),
+        (["clients.rest_client", "examples/picture.jpg"], 1, "rest_client: examples/picture.jpg: 127.0.0.1:1 "),
+        (["clients.rest_client", "a.jpg", "--ssl_ca_certs=none"], 2, "rest_client: --ssl_ca_certs=none is no file\n"),
         (["clients.make_input"], 2, "usage: make_input.py PICTURE [PICTURE …] > input.json\n"),
         (["clients.make_input", "absent.jpg"], 1, "make_input.py: absent.jpg: No such file or directory\n"),
     ],
-)
+)  # fmt: skip
 def test_a_client_that_cannot_do_its_work_ends_with_one_line(arguments: list[str], code: int, problem: str) -> None:
     done = client(*arguments)
 
@@ -83,7 +188,7 @@ def test_a_file_that_is_no_request_is_told_from_one(tmp_path: Path) -> None:
 
     done = client("clients.grpc_client", f"{tmp_path}/odd.json")
 
-    assert done.stderr == f"grpc_client: {tmp_path}/odd.json is neither a picture nor a V1 or V2 request in JSON\n"
+    assert done.stderr == f"grpc_client: {tmp_path}/odd.json is no V1 or V2 request with pictures\n"
 
 
 def test_a_request_has_every_picture_that_was_named(tmp_path: Path, server: Server) -> None:

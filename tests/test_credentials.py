@@ -58,7 +58,7 @@ def _openssl(*arguments: Any) -> None:
     subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=60)
 
 
-def _party(folder: Path, name: str, issuer: Party | None) -> Party:
+def make_party(folder: Path, name: str, issuer: Party | None) -> Party:
     party = Party(folder / f"{name}.pem", folder / f"{name}.key")
     rights: list[object] = ["-addext", "basicConstraints=critical,CA:TRUE"]
     if issuer:
@@ -76,22 +76,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def authority(folder: Path) -> Party:
-    return _party(folder, "authority", None)
+    return make_party(folder, "authority", None)
 
 
 @pytest.fixture(scope="module")
 def own(folder: Path, authority: Party) -> Party:
-    return _party(folder, "server", authority)
+    return make_party(folder, "server", authority)
 
 
 @pytest.fixture(scope="module")
 def client(folder: Path, authority: Party) -> Party:
-    return _party(folder, "client", authority)
+    return make_party(folder, "client", authority)
 
 
 @pytest.fixture(scope="module")
 def stranger(folder: Path) -> Party:
-    return _party(folder, "stranger", _party(folder, "another authority", None))
+    return make_party(folder, "stranger", make_party(folder, "another authority", None))
 
 
 @pytest.fixture(scope="module")

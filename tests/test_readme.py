@@ -67,15 +67,15 @@ def test_the_first_answer_is_the_one_shown_for_seeded_weights(server: Server) ->
     assert answer["predictions"] == [pytest.approx(shown, abs=1e-3)]
 
 
-def test_the_grpc_client_prints_what_rest_answers(server: Server) -> None:
-    printed = run(
-        command(".venv/bin/python -m clients"), server, INGRESS_HOST="127.0.0.1", INGRESS_PORT=str(server.grpc_port)
-    )
+@pytest.mark.parametrize("name", ["grpc_client", "rest_client"])
+def test_the_clients_print_the_classes_shown(name: str, server: Server) -> None:
+    port = server.grpc_port if name == "grpc_client" else server.http_port
 
-    first, output = printed.splitlines()
-    rest = server.predict((PROJECT / "examples/picture.jpg").read_bytes(), content_type="image/jpeg").json()
-    assert first.startswith("custom-model answered ")
-    assert output == f"output-0 FP32 [1, 5] {rest['predictions'][0]}"
+    (line,) = [line for line in commands() if f"clients.{name}" in line]
+    printed = run(line, server, INGRESS_HOST="127.0.0.1", INGRESS_PORT=str(port))
+
+    (shown,) = [block for block in blocks("text") if block.startswith("examples/picture.jpg")]
+    assert printed.splitlines()[1:] == shown.splitlines()[1:]
 
 
 def test_a_picture_of_ones_own_is_sent_by_curl(server: Server) -> None:
@@ -167,6 +167,7 @@ def test_every_other_command_is_run_by_ci() -> None:
         "curl localhost:8080/v1/models/iris",
         "python3 clients/make_input.py",
         ".venv/bin/python -m clients",
+        "python3 -m clients.rest_client",
         ".venv/bin/python app.py --model_name=iris",
         ".venv/bin/python app.py --model=pictures",
     ]

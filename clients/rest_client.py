@@ -1,0 +1,68 @@
+"""Asks over REST what is in pictures, with nothing but Python: `python3 -m clients.rest_client photo.jpg`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clients.asking import Ask, Classes, Refused, authorization, run
+
+MOST_ATTEMPTS = 4  # where the server is busy, and says when to come again
+
+
+@contextmanager
+def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
+    scheme, tls = "http", None
+    if arguments.ssl_ca_certs:
+        scheme, tls = "https", ssl.create_default_context(cafile=arguments.ssl_ca_certs)
+        if arguments.ssl_certfile:
+            tls.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+    url = f"{scheme}://{arguments.address}/v1/models/{arguments.model_name}:predict"
+    given = {"Authorization": authorization(arguments), "Host": arguments.authority}
+    headers = {"Content-Type": "application/json", **{name: value for name, value in given.items() if value}}
+
+    def send(body: bytes) -> bytes:
+        request = urllib.request.Request(url, body, headers)  # noqa: S310 http or https, as made above
+        with urllib.request.urlopen(request, timeout=arguments.timeout_seconds, context=tls) as answer:  # noqa: S310
+            return bytes(answer.read())
+
+    def ask(picture: bytes) -> Classes:
+        instance = {"image": {"b64": base64.b64encode(picture).decode()}}
+        body = json.dumps({"signature_name": "classification", "instances": [instance]}).encode()
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            try:
+                (row,) = json.loads(send(body))["predictions"]
+                return [(found["label"], found["probability"]) for found in row]
+            except urllib.error.HTTPError as error:
+                with error:
+                    wait_seconds = error.headers.get("retry-after")
+                    if error.code != 503 or not wait_seconds or attempt == MOST_ATTEMPTS:
+                        raise Refused(f"{arguments.address} answered {error.code}: {_problem(error.read())}") from None
+                time.sleep(float(wait_seconds))
+            except urllib.error.URLError as error:
+                raise Refused(f"{arguments.address} cannot be reached: {error.reason}") from None
+            except (KeyError, TypeError, ValueError):
+                raise Refused(f"{arguments.address} answered something else than classes") from None
+        raise AssertionError  # the last attempt returns or raises
+
+    yield ask
+
+
+def _problem(body: bytes) -> str:
+    """What the server says is wrong; of another server's answer, what there is of it."""
+    try:
+        return str(json.loads(body)["error"])
+    except (KeyError, TypeError, ValueError):
+        return body[:100].decode(errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(run("rest_client", 8080, connected))
