@@ -10,7 +10,7 @@ from typing import Any
 
 from serving.errors import InvalidInput
 from serving.settings import Settings
-from serving.transports.rest_json import media_type
+from serving.transports.rest_request import media_type
 
 STRUCTURED_TYPE = "application/cloudevents+json"
 REQUIRED = ("specversion", "id", "source", "type")

@@ -23,7 +23,7 @@ from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
 from serving.transports.rest_access import Access
 from serving.transports.rest_guard import Guard
-from serving.transports.rest_json import error_response, json_response
+from serving.transports.rest_response import error_response, json_response
 
 ROOMS = (rest_page, rest_ops, rest_v1, rest_v2, rest_repository, rest_docs)
 

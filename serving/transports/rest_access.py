@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.credentials import Credentials
 from serving.errors import Unauthenticated
 from serving.transports.http_connections import has_certificate
-from serving.transports.rest_json import error_response
+from serving.transports.rest_response import error_response
 
 PROBES = re.compile("/|/v2/health/(live|ready)|/v1/models/[^/:]+|/v2/models/[^/]+/ready")
 

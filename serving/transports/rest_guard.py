@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.admission import Bodies
 from serving.errors import HeadersTooLarge, TooLarge, TooSlow
 from serving.settings import Settings
-from serving.transports.rest_json import error_response
+from serving.transports.rest_response import error_response
 
 LINGER_SECONDS = 5.0
 MOST_HEADER_BYTES = 16 * 1024  # of request line and headers; Hypercorn itself counts only what is incomplete

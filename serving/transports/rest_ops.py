@@ -9,7 +9,7 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from serving.dataplane import DataPlane
-from serving.transports.rest_json import json_response
+from serving.transports.rest_response import json_response
 
 
 def routes(dataplane: DataPlane) -> list[Route]:

@@ -11,7 +11,8 @@ from starlette.routing import Route
 
 from serving.dataplane import DataPlane
 from serving.settings import Settings
-from serving.transports.rest_json import dump_json, json_response
+from serving.transports.rest_json import dump_json
+from serving.transports.rest_response import json_response
 
 PAGE = Path(__file__).with_name("page.html")
 SHOWN_SETTINGS = ("enable_grpc", "grpc_port", "max_body_bytes")

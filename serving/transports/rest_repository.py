@@ -7,7 +7,9 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from serving.dataplane import DataPlane
-from serving.transports.rest_json import json_response, parse_json, read_body
+from serving.transports.rest_json import parse_json
+from serving.transports.rest_request import read_body
+from serving.transports.rest_response import json_response
 
 
 def routes(dataplane: DataPlane) -> list[Route]:

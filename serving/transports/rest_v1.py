@@ -8,7 +8,8 @@ from starlette.routing import Route
 
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
-from serving.transports.rest_json import body_type, json_response, read_inference, while_client_stays
+from serving.transports.rest_request import body_type, read_inference, while_client_stays
+from serving.transports.rest_response import json_response
 from serving.transports.rest_v1_codec import PredictExchange
 
 

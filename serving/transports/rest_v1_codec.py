@@ -23,7 +23,7 @@ class PredictExchange:
     """One prediction; the form of the answer follows from the request."""
 
     def __init__(self, model_name: str, headers: Mapping[str, str], kind: str, body: bytes, settings: Settings) -> None:
-        """`kind` is that of rest_json.body_type: json, or image for one encoded picture."""
+        """`kind` is that of rest_request.body_type: json, or image for one encoded picture."""
         self._model_name = model_name
         self._headers = headers
         self._kind = kind

@@ -12,7 +12,8 @@ from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
 from serving.tensors import TensorSpec
-from serving.transports.rest_json import body_type, json_response, read_inference, while_client_stays
+from serving.transports.rest_request import body_type, read_inference, while_client_stays
+from serving.transports.rest_response import json_response
 from serving.transports.rest_v2_codec import LENGTH_HEADER, InferExchange
 
 

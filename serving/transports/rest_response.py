@@ -1,0 +1,25 @@
+"""What goes out over REST: JSON, and errors with the headers that belong to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+from serving.errors import ServingError
+from serving.transports.rest_json import dump_json
+
+UNAUTHORIZED = 401
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dump_json(content), status, headers, media_type="application/json")
+
+
+def error_response(error: ServingError) -> Response:
+    headers = {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))} if error.retry else {}
+    if error.http_status == UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    return json_response({"error": str(error)}, error.http_status, headers)
