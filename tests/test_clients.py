@@ -20,9 +20,9 @@ import pytest
 from PIL import Image, ImageChops
 
 from examples.draw import draw
+from tests.certificates import make_party
 from tests.pictures import CAT, MODES, v1_request
 from tests.servers import PROJECT, Server, running
-from tests.test_credentials import make_party
 
 
 def client(*arguments: str, port: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -82,8 +82,9 @@ def test_a_client_reads_requests_of_either_protocol_and_urls(
 
     (found,) = json.loads(done.stdout)
     assert found["picture"].startswith(source)
-    assert [one["label"] for one in found["classes"]] == [label for label, _ in expected(server, CAT)]
-    assert [one["probability"] for one in found["classes"]] == pytest.approx([one for _, one in expected(server, CAT)])
+    classes = expected(server, CAT)
+    assert [one["label"] for one in found["classes"]] == [label for label, _ in classes]
+    assert [one["probability"] for one in found["classes"]] == pytest.approx([one for _, one in classes])
 
 
 @contextmanager

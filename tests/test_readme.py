@@ -141,7 +141,7 @@ def test_the_class_of_ones_own_has_about_twenty_lines() -> None:
 
 
 def test_the_texts_of_troubles_are_those_of_the_code() -> None:
-    code = "".join(file.read_text() for file in [*(PROJECT / "serving").rglob("*.py")])
+    code = "".join(file.read_text() for file in (PROJECT / "serving").rglob("*.py"))
     shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
     texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
 
