@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-START_SECONDS = 120.0
+START_SECONDS, POLL_SECONDS = 120.0, 0.01
 QUIET_SECONDS, QUIET_SHARE = 0.4, 0.1
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -88,7 +88,7 @@ def started(command: Sequence[str], url: str, grpc_address: str = "") -> Iterato
             while not _answers(url):
                 if process.poll() is not None or time.perf_counter() > started_at + START_SECONDS:
                     raise SystemExit(f"bench: {' '.join(command)} does not answer {url}")
-                time.sleep(0.01)
+                time.sleep(POLL_SECONDS)
             yield Subject(process.pid, url, grpc_address, time.perf_counter() - started_at)
         finally:
             process.send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import glob
 import json
 import urllib.request
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 MOST_BYTES = 64 * 1024 * 1024
@@ -20,10 +21,9 @@ def find(names: Iterable[str]) -> list[tuple[str, Read]]:
     found: list[tuple[str, Read]] = []
     for name in names:
         if name.startswith(("http://", "https://")):
-            found.append((name, lambda name=name: _download(name)))  # type: ignore[misc]
+            found.append((name, partial(_download, name)))
         elif name.endswith(".json"):
-            pictures = _in_request(name)
-            found += [(f"{name}[{row}]", lambda picture=picture: picture) for row, picture in enumerate(pictures)]  # type: ignore[misc]
+            found += [(f"{name}[{row}]", partial(bytes, picture)) for row, picture in enumerate(_in_request(name))]
         else:
             matching = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
             found += [(path, Path(path).read_bytes) for path in matching or [name]]

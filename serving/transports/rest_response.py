@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from starlette.responses import Response
 
 from serving.errors import ServingError
 from serving.transports.rest_json import dump_json
-
-UNAUTHORIZED = 401
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -20,6 +19,6 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 def error_response(error: ServingError) -> Response:
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))} if error.retry else {}
-    if error.http_status == UNAUTHORIZED:
+    if error.http_status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
     return json_response({"error": str(error)}, error.http_status, headers)
