@@ -7,13 +7,12 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from serving import STOP_SIGNALS
-from serving.cores import Cores
 from serving.cpus import available_cpus
 from serving.credentials import Credentials
 from serving.dataplane import DataPlane
@@ -58,7 +57,7 @@ def loaded(settings: Settings, every: bool = False) -> Iterator[DataPlane]:
     """All below the transports, the models loaded, one at least or `every` one. Raises StartError."""
     metrics = Metrics()
     threads = Threads(settings.max_asyncio_workers or settings.threads or available_cpus())
-    models = make_models(settings, Shared(threads, Cores(), metrics))
+    models = make_models(settings, Shared(threads, metrics))
     load(models, every)
     repository = Repository(models, metrics, settings.enable_model_repository)
     try:
@@ -104,7 +103,9 @@ async def _serve(
         hurry = tasks.create_task(at_once.wait())
         await asyncio.wait({hurry}, timeout=settings.drain_delay_seconds)
         closing.set()
-        await _ended(listeners, hurry, deadline)
+        ends: set[asyncio.Future[Any]] = {hurry, asyncio.gather(*listeners, return_exceptions=True)}
+        left_seconds = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait(ends, timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
         unanswered = dataplane.under_way  # counted before the cancellation counts them out
         await _cancel({*listeners, hurry, watch})
     if unanswered:
@@ -113,14 +114,6 @@ async def _serve(
     if not watch.cancelled() and (lost := watch.result()):
         raise lost
     logger.info("stopped")
-
-
-async def _ended(listeners: Sequence[asyncio.Task[None]], hurry: asyncio.Task[Any], deadline: float) -> None:
-    """Returns when all listeners have ended, or at the deadline, or when there is no more time for it."""
-    pending: set[asyncio.Task[Any]] = set(listeners)
-    while pending and not hurry.done() and (seconds := deadline - asyncio.get_running_loop().time()) > 0:
-        await asyncio.wait({hurry, *pending}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        pending = {listener for listener in pending if not listener.done()}
 
 
 async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import uuid
@@ -14,13 +13,13 @@ from typing import TypeVar
 
 from serving.admission import check_instances
 from serving.batching import Batcher
-from serving.cores import Cores
 from serving.errors import InvalidInput, ModelMissing, ModelNotReady, PredictorBroken, StartError, one_line
 from serving.latency import Latency
 from serving.logs import banner
 from serving.metrics import Metrics
 from serving.model import Model
-from serving.predictor import Description, Predictor, Request, Response, Rows
+from serving.predictor import Description, Predictor, Request, Response
+from serving.runs import Predicted, Prepared
 from serving.settings import Settings
 from serving.threads import Threads
 
@@ -28,15 +27,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TURNS = 2  # batches: one that runs, and one that is made ready
-
 
 @dataclass(frozen=True, slots=True)
 class Shared:
     """What the models of one process share; whoever makes it closes the threads."""
 
     threads: Threads
-    cores: Cores
     metrics: Metrics
 
 
@@ -56,11 +52,9 @@ class LocalModel(Model):
         self._model_dir = model_dir
         self._loaded: Predictor | None = None
         self._changing = threading.Lock()
-        self._threads, self._cores, self._metrics = shared.threads, shared.cores, shared.metrics
-        # Decoded further ahead, rows would only fill memory: 0.6 MB for each picture.
-        self._turns = asyncio.Semaphore(TURNS * settings.max_batch_size)
+        self._metrics = shared.metrics
         self._batcher = Batcher(
-            self.name, shared.cores, shared.metrics, settings.max_batch_size, settings.max_batch_delay_ms
+            self.name, shared.threads, shared.metrics, settings.max_batch_size, settings.max_batch_delay_ms
         )
 
     @property
@@ -81,21 +75,12 @@ class LocalModel(Model):
             self._loaded = None
 
     async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T], latency: Latency) -> T:
-        with self._metrics.stage("turn"):
-            await self._turns.acquire()
-        try:
-            with self._batcher.coming():
-                predictor, request, rows = await self._threads.decode(partial(self._prepare, decode, latency))
-                queued = self._batcher.queue(predictor, rows)
-            with self._metrics.at_model.track_inprogress():
-                predicted = await queued
-        finally:
-            self._turns.release()
-        latency.seconds["predict"] = predicted.run_seconds
-        return await self._threads.encode(partial(self._answer, predictor, request, predicted.rows, encode, latency))
+        return await self._batcher.answered(
+            partial(self._prepare, decode, latency), partial(self._answer, encode, latency)
+        )
 
     def close(self) -> None:
-        self._batcher.close()
+        """The threads are not the model's own."""
 
     def _load(self) -> Predictor:
         if self._model_dir and not self._model_dir.exists():
@@ -114,8 +99,7 @@ class LocalModel(Model):
                 logger.warning(line)
         return predictor
 
-    def _prepare(self, decode: Callable[[], Request], latency: Latency) -> tuple[Predictor, Request, Rows]:
-        self._cores.await_free()
+    def _prepare(self, decode: Callable[[], Request], latency: Latency) -> Prepared:
         with self._metrics.stage("decode"):
             request = decode()
             predictor = self._loaded
@@ -132,19 +116,14 @@ class LocalModel(Model):
             sizes = {len(array) for array in rows.values()}
             if len(sizes) != 1:
                 raise ValueError(f"preprocess must give arrays with as many rows in each, and gave {sizes or 'none'}")
-            return predictor, request, rows
+            return Prepared(predictor, request, rows)
 
-    def _answer(
-        self,
-        predictor: Predictor,
-        request: Request,
-        predictions: Rows,
-        encode: Callable[[Response], T],
-        latency: Latency,
-    ) -> T:
+    def _answer(self, encode: Callable[[Response], T], latency: Latency, prepared: Prepared, predicted: Predicted) -> T:
+        request = prepared.request
+        latency.seconds["predict"] = predicted.run_seconds
         with self._metrics.stage("encode"):
             with latency.of("postprocess", self.name):
-                response = predictor.postprocess(predictions, request)
+                response = prepared.predictor.postprocess(predicted.rows, request)
             outputs = {tensor.name: tensor for tensor in response.outputs}
             _check_outputs(request, outputs.keys())
             chosen = [outputs[output.name] for output in request.outputs] or response.outputs

@@ -31,7 +31,6 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The client's x-request-id, of the request that is being answered."""
 
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 RESET = "\033[0m"
 COLOURS = {"DEBUG": "\033[36m", "INFO": "\033[32m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[91m"}
 
@@ -91,7 +90,7 @@ def banner(text: str) -> list[str]:
     return [rule, text, rule]
 
 
-def public(error: Exception) -> ServingError:
+def public(error: BaseException) -> ServingError:
     """What a client may be told: the error itself; of one that nobody foresaw nothing, and the log has it."""
     if isinstance(error, ServingError):
         return error
@@ -110,8 +109,8 @@ def status_phrase(status: Any) -> str:
 def configure_logging(settings: Settings, environment: Mapping[str, str]) -> None:
     """Raises BadSetting."""
     level = environment.get("KSERVE_LOGLEVEL", "INFO").upper()
-    if level not in LEVELS:
-        raise BadSetting(f"KSERVE_LOGLEVEL must be one of {', '.join(LEVELS)}, not {level}")
+    if level not in COLOURS:
+        raise BadSetting(f"KSERVE_LOGLEVEL must be one of {', '.join(COLOURS)}, not {level}")
     if not settings.configure_logging:
         return
     for name, kserves in HANDLED_AS.items():
@@ -187,9 +186,10 @@ def _default_configuration(level: str, log_format: str, colours: bool) -> dict[s
         },
         "root": {"handlers": ["default"], "level": level},
         "loggers": {
-            ACCESS: {"handlers": ["access"], "level": "INFO", "propagate": False},
-            TRACE: {"handlers": ["trace"], "level": "INFO", "propagate": False},
-            FORMATTED_ACCESS: {"handlers": ["bare"], "level": "INFO", "propagate": False},
+            **{
+                name: {"handlers": [handler], "level": "INFO", "propagate": False}
+                for name, handler in {ACCESS: "access", TRACE: "trace", FORMATTED_ACCESS: "bare"}.items()
+            },
             "hypercorn.error": {"level": "WARNING"},  # its start-up lines repeat ours
         },
     }

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -23,6 +24,11 @@ HANDLERS = {
     "postprocess": "post-process request latency",
     "explain": "explain request latency",
 }
+STAGES = (
+    "Time of an inference request in reading its body, waiting for its turn, decoding it to rows, waiting for the "
+    "model, the model, and encoding the answer"
+)
+RECORDED = ("handled", "staged", "batch", "run", "dropped")
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own; set by the supervisor for its workers
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -39,69 +45,27 @@ class Metrics:
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
-        self._handlers = {
-            name: Histogram(f"request_{name}_seconds", text, ["model_name"], registry=self._registry)
-            for name, text in HANDLERS.items()
-        }
-        self._stages = Histogram(
-            "serving_stage_seconds",
-            "Time of an inference request in reading its body, waiting for its turn, decoding it to rows, waiting for "
-            "the model, the model, and encoding the answer",
-            ["stage"],
-            buckets=SECONDS_BUCKETS,
-            registry=self._registry,
+        histogram = partial(Histogram, registry=self._registry)
+        counter, gauge = partial(Counter, registry=self._registry), partial(Gauge, registry=self._registry)
+        model = ["model_name"]
+        self._handlers = {name: histogram(f"request_{name}_seconds", text, model) for name, text in HANDLERS.items()}
+        self._stages = histogram("serving_stage_seconds", STAGES, ["stage"], buckets=SECONDS_BUCKETS)
+        self._requests = counter("serving_requests", "Inference requests ended", ["protocol", "outcome"])
+        self._rows = histogram("serving_batch_rows", "Rows in one run of a model", model, buckets=ROWS_BUCKETS)
+        self._batches = counter("serving_batches", "Batches by why they were not larger", [*model, "reason"])
+        self._dropped = counter(
+            "serving_dropped_requests", "Requests whose client left while they waited for the model", model
         )
-        self._requests = Counter(
-            "serving_requests", "Inference requests ended", ["protocol", "outcome"], registry=self._registry
+        self._received = counter("serving_received_bytes", "Bodies and messages of inference requests", ["protocol"])
+        self._sent = counter("serving_sent_bytes", "Bodies and messages of their answers", ["protocol"])
+        self.under_way = gauge("serving_requests_under_way", "Inference requests now", multiprocess_mode="livesum")
+        self.at_model = gauge(
+            "serving_requests_at_model", "Of those, waiting for the model or in it now", multiprocess_mode="livesum"
         )
-        self._rows = Histogram(
-            "serving_batch_rows",
-            "Rows in one run of a model",
-            ["model_name"],
-            buckets=ROWS_BUCKETS,
-            registry=self._registry,
+        self._models = gauge(
+            "serving_model_info", "1 for each model, ready or not", [*model, "platform"], multiprocess_mode="max"
         )
-        self._batches = Counter(
-            "serving_batches",
-            "Batches by why they were not larger",
-            ["model_name", "reason"],
-            registry=self._registry,
-        )
-        self._dropped = Counter(
-            "serving_dropped_requests",
-            "Requests whose client left while they waited for the model",
-            ["model_name"],
-            registry=self._registry,
-        )
-        self._received = Counter(
-            "serving_received_bytes", "Bodies and messages of inference requests", ["protocol"], registry=self._registry
-        )
-        self._sent = Counter(
-            "serving_sent_bytes", "Bodies and messages of their answers", ["protocol"], registry=self._registry
-        )
-        self.under_way = Gauge(
-            "serving_requests_under_way", "Inference requests now", registry=self._registry, multiprocess_mode="livesum"
-        )
-        self.at_model = Gauge(
-            "serving_requests_at_model",
-            "Of those, waiting for the model or in it now",
-            registry=self._registry,
-            multiprocess_mode="livesum",
-        )
-        self._models = Gauge(
-            "serving_model_info",
-            "1 for each model, ready or not",
-            ["model_name", "platform"],
-            registry=self._registry,
-            multiprocess_mode="max",
-        )
-        self._ready = Gauge(
-            "serving_model_ready",
-            "1 while the model is loaded",
-            ["model_name"],
-            registry=self._registry,
-            multiprocess_mode="livemin",
-        )
+        self._ready = gauge("serving_model_ready", "1 while the model is loaded", model, multiprocess_mode="livemin")
 
     def handled(self, name: str, model_name: str, seconds: float) -> None:
         """One call of a predictor's handler has ended."""
@@ -169,21 +133,11 @@ class Recorder(Metrics):
     def __init__(self) -> None:
         super().__init__()
         self._measured: deque[Measured] = deque(maxlen=MOST_MEASURED)
+        for name in RECORDED:
+            setattr(self, name, partial(self._record, name))
 
-    def handled(self, *arguments: Any) -> None:
-        self._measured.append(("handled", arguments))
-
-    def staged(self, *arguments: Any) -> None:
-        self._measured.append(("staged", arguments))
-
-    def batch(self, *arguments: Any) -> None:
-        self._measured.append(("batch", arguments))
-
-    def run(self, *arguments: Any) -> None:
-        self._measured.append(("run", arguments))
-
-    def dropped(self, *arguments: Any) -> None:
-        self._measured.append(("dropped", arguments))
+    def _record(self, name: str, *arguments: Any) -> None:
+        self._measured.append((name, arguments))
 
     def taken(self) -> list[Measured]:
         """What has been recorded since the last time."""

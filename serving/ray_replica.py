@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from serving.cores import Cores
 from serving.errors import ServingError
 from serving.latency import Latency
 from serving.local_model import LocalModel, Shared
@@ -36,7 +35,7 @@ class Replica:
     def __init__(self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
         configure_logging(settings, os.environ)
         self._metrics = Recorder()
-        shared = Shared(Threads(settings.max_asyncio_workers), Cores(), self._metrics)
+        shared = Shared(Threads(settings.max_asyncio_workers), self._metrics)
         self._model = LocalModel(predictor_class, settings, model_dir, shared)
         self._model.load()
 

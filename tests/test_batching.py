@@ -174,3 +174,9 @@ def test_a_predictor_that_loses_rows_is_found_out() -> None:
         server.stop()
 
     assert any("predict was given 2 rows and gave 1 of rows" in line for line in server.log)
+
+
+def test_a_predictor_that_wants_to_end_the_process_fails_its_request_alone() -> None:
+    with running("--predictor=tests.predictors:Ending", "--max_asyncio_workers=2") as server:
+        assert [sizes(server, where) for where in ("preprocess", "predict", "postprocess") * 3] == [500] * 9
+        assert sizes(server, "nowhere") == ["nowhere"]

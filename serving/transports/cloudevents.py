@@ -34,14 +34,9 @@ class Envelope:
         """The content, in an event of its own where the request was one, and the headers that say so."""
         if not self.form:
             return content, {"content-type": "application/json"}
+        merged = self.attributes if settings.ce_merge else {}
         attributes = {
-            **(
-                {
-                    name: self.attributes[name]
-                    for name in self.attributes
-                    if settings.ce_merge and name not in NOT_MERGED
-                }
-            ),
+            **{name: value for name, value in merged.items() if name not in NOT_MERGED},
             "specversion": "1.0",
             "id": str(uuid.uuid4()),
             "source": settings.ce_source or f"io.kserve.inference.{model_name}",

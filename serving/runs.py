@@ -1,0 +1,101 @@
+"""One run of a model with the rows of several requests: to each its own predictions, or its own error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import numpy as np
+
+from serving.errors import ServingError
+from serving.logs import public
+from serving.metrics import Metrics
+from serving.predictor import Predictor, Request, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A decoded request, and the predictor that answers it."""
+
+    predictor: Predictor
+    request: Request
+    rows: Rows
+    context: Context = field(default_factory=copy_context)  # with the request's id, for what is logged of it
+
+    @property
+    def size(self) -> int:
+        return _size(self.rows)
+
+    def goes_with(self, other: Prepared) -> bool:
+        """Whether the rows of both are arrays of the same kinds, for the same predictor."""
+        return self.predictor is other.predictor and self._kinds() == other._kinds()
+
+    def _kinds(self) -> dict[str, object]:
+        return {name: (array.dtype, array.shape[1:]) for name, array in self.rows.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The predictions for one request's rows, and how long the run took that they came from."""
+
+    rows: Rows
+    run_seconds: float
+
+
+class Runs:
+    """Of one model, of no more rows than are allowed."""
+
+    def __init__(self, model_name: str, metrics: Metrics, max_rows: int) -> None:
+        self._model_name = model_name
+        self._metrics = metrics
+        self._max_rows = max_rows
+
+    def answers(self, batch: Sequence[Prepared]) -> Sequence[Predicted | ServingError]:
+        """To each its own. Where a run of several fails, each runs alone: only who is to blame fails then."""
+        try:
+            return self._predicted(batch)
+        except BaseException as error:
+            if len(batch) == 1:
+                return [batch[0].context.run(public, error)]
+        answers: list[Predicted | ServingError] = []
+        for prepared in batch:
+            self._metrics.batch(self._model_name, "alone")
+            answers += self.answers([prepared])
+        return answers
+
+    def _predicted(self, batch: Sequence[Prepared]) -> list[Predicted]:
+        predictor, rows = batch[0].predictor, batch[0].rows
+        if len(batch) > 1:
+            rows = {name: np.concatenate([prepared.rows[name] for prepared in batch]) for name in rows}
+        ends = list(accumulate(prepared.size for prepared in batch))
+        started_at = time.perf_counter()
+        try:
+            pieces = [
+                self._piece(predictor, {name: array[start : start + self._max_rows] for name, array in rows.items()})
+                for start in range(0, ends[-1], self._max_rows)
+            ]
+        finally:
+            run_seconds = time.perf_counter() - started_at
+            for _ in batch:
+                self._metrics.inferred(self._model_name, run_seconds)
+        predictions = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        return [
+            Predicted({name: array[end - prepared.size : end] for name, array in predictions.items()}, run_seconds)
+            for prepared, end in zip(batch, ends, strict=True)
+        ]
+
+    def _piece(self, predictor: Predictor, rows: Rows) -> Rows:
+        size = _size(rows)
+        self._metrics.run(self._model_name, size)
+        predictions = predictor.predict(rows)
+        for name, array in predictions.items():
+            if len(array) != size:
+                raise ValueError(f"predict was given {size} rows and gave {len(array)} of {name}")
+        return predictions
+
+
+def _size(rows: Rows) -> int:
+    return len(next(iter(rows.values())))
