@@ -25,7 +25,7 @@ _UINT64 = (1 << 64) - 1
 _LONGEST_VARINT_BYTES = 10
 _LARGEST_KEY, _LONGEST_KEY_BYTES = (1 << 32) - 1, 5
 _MOST_SKIPPED_FIELDS = 1000
-_MOST_FIELDS = 100_000  # some 0.1 s
+MOST_FIELDS = 100_000  # some 0.1 s
 _MESSAGE_FIELDS = 100  # a message within takes as long as so many numbers or texts
 
 _VARINT_DTYPES: dict[str, str] = {
@@ -42,21 +42,20 @@ if sys.byteorder != "little":
 
 
 class DecodeError(ValueError):
-    """The bytes are not a message of the expected type. Raised by `decode` alone."""
+    """The bytes are not a message of the expected type. Raised by `decode` and `first_text`."""
 
 
 @dataclass(slots=True)
 class _Budget:
     """What one message may still cost, all within it included."""
 
-    fields: int = _MOST_FIELDS
+    most: int
+    spent: int = 0
 
     def spend(self, fields: int) -> None:
-        self.fields -= fields
-        if self.fields < 0:
-            raise DecodeError(
-                f"more than {_MOST_FIELDS:,} fields, or {_MOST_FIELDS // _MESSAGE_FIELDS:,} messages in it"
-            )
+        self.spent += fields
+        if self.spent > self.most:
+            raise DecodeError(f"more than {self.most:,} fields, or {self.most // _MESSAGE_FIELDS:,} messages in it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +69,12 @@ class _Field:
     rivals: tuple[str, ...]  # the other members of its oneof
 
 
-def decode(message_class: type[M], data: bytes | memoryview) -> M:
-    """Read one message; raises DecodeError.
+def decode(message_class: type[M], data: bytes | memoryview, most_fields: int = MOST_FIELDS) -> M:
+    """Read one message, a message within it counted as 100 fields; raises DecodeError.
 
     Repeated numbers become memoryviews, which numpy takes as they are; packed floats and doubles stay in `data`.
     """
-    return _decode(message_class, memoryview(data), _Budget())
+    return _decode(message_class, memoryview(data), _Budget(most_fields))
 
 
 def _decode(message_class: type[M], buffer: memoryview, budget: _Budget) -> M:

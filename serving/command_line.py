@@ -54,7 +54,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
                     raise BadSetting(f"{source} {problem}, not {one}")
         values[entry.name] = value
     settings = Settings(**values)
-    if settings.http_port == settings.grpc_port != 0:
+    if settings.enable_grpc and settings.http_port == settings.grpc_port != 0:
         raise BadSetting(f"--http_port and --grpc_port are both {settings.http_port}: give each a port of its own")
     if bool(settings.ssl_certfile) != bool(settings.ssl_keyfile):
         raise BadSetting("--ssl_certfile and --ssl_keyfile belong together: give both")
@@ -81,7 +81,8 @@ def _source(name: str, given: Mapping[str, str | list[str]], environment: Mappin
         # Knative and Cloud Run set PORT to the published port. Where that is gRPC's, REST stays where it is.
         published = environment.get("PORT", "")
         grpc_port = _source("grpc_port", given, environment)[1] or str(Settings().grpc_port)
-        return "PORT", published if published != grpc_port else ""
+        has_grpc = BOOLEANS.get(_source("enable_grpc", given, environment)[1].lower(), True)
+        return "PORT", "" if has_grpc and published == grpc_port else published
     if name in KSERVE_VARIABLES:
         text = environment.get(name.upper(), "")
         return name.upper(), text.lower() if name == "protocol" else text

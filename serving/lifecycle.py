@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ async def _watch(repository: Repository, stop: asyncio.Event) -> EngineLost | No
 
 def _report(supervisor: socket.socket, stop: asyncio.Event) -> None:
     """Say that this worker is ready, and stop when nobody is left to hear it."""
-    supervisor.send(b"R")
+    with suppress(BrokenPipeError):  # it is gone already, as is heard at once
+        supervisor.send(b"R")
     loop = asyncio.get_running_loop()
 
     def gone() -> None:

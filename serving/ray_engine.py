@@ -117,6 +117,7 @@ class RayModel(Model):
                 running = self._deployed and await asyncio.to_thread(self._running)
             except (RayError, RayServeException):  # Ray is starting its controller again
                 running = False
+            running = running and self._deployed  # an unload may have come meanwhile
             if running != self._ready:
                 self._ready = running
                 return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from serving.errors import LoadFailed, ModelNotFound, NotSupported, Overloaded, StartError
+from serving.errors import LoadFailed, ModelNotFound, ModelNotReady, NotSupported, Overloaded, StartError
 from serving.metrics import Metrics
 from serving.model import Model
 
@@ -54,15 +54,24 @@ class Repository:
         except KeyError:
             raise ModelNotFound(name) from None
 
+    def is_ready(self, name: str) -> bool:
+        """What probes of one model are told: false in a drain, which still answers. Raises ModelNotFound."""
+        return self.get(name).ready and not self.draining
+
+    def check_ready(self, name: str) -> None:
+        """The same for probes that are told by an error. Raises ModelNotFound and ModelNotReady."""
+        if not self.is_ready(name):
+            raise ModelNotReady(name)
+
     def get_ready(self, name: str) -> Model:
-        """Raises ModelNotFound and ModelNotReady."""
+        """Whoever may be asked now. Raises ModelNotFound and ModelNotReady."""
         model = self.get(name)
         model.check_ready()
         return model
 
     def index(self, only_ready: bool) -> list[Model]:
         """Raises NotSupported."""
-        self._check_may_change()
+        self.check_may_change()
         return [model for model in self if model.ready or not only_ready]
 
     async def load(self, name: str) -> None:
@@ -89,13 +98,14 @@ class Repository:
             model.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    def _check_may_change(self) -> None:
+    def check_may_change(self) -> None:
+        """Raises NotSupported."""
         if not self.may_change:
             raise NotSupported("The model repository is off: see --enable_model_repository")
 
     async def _change(self, name: str, change: Callable[[Model], None]) -> None:
         """One after the other, and to its end even if its client leaves."""
-        self._check_may_change()
+        self.check_may_change()
         model = self.get(name)
         if self._changes >= MOST_CHANGES:
             raise Overloaded("loads and unloads")

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from serving.directory_lock import locked
@@ -105,9 +106,10 @@ def _download(uri: str, directory: Path, *patterns: str) -> None:
         ) as process,
     ):
         while _is_running(process):
-            have_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-            seconds = time.monotonic() - started_at
-            logger.info("downloading %s: %.0f MB in %.0f s", public(uri), have_bytes / 1e6, seconds)
+            with suppress(FileNotFoundError):  # the library renames and removes as it goes
+                have_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+                seconds = time.monotonic() - started_at
+                logger.info("downloading %s: %.0f MB in %.0f s", public(uri), have_bytes / 1e6, seconds)
         said.seek(0)
         lines = said.read().strip().splitlines() or [f"exit code {process.returncode}"]
     if process.returncode:

@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from serving import STOP_SIGNALS
 from serving.cpus import available_cpus
-from serving.errors import DrainCut
+from serving.errors import DrainCut, one_line
 from serving.metrics import MULTIPROCESS
 from serving.settings import Settings
 from serving.shared_weights import VARIABLE as SHARED_WEIGHTS
@@ -104,14 +104,12 @@ class Supervisor:
         pause_seconds, was_ready = FIRST_PAUSE_SECONDS, False
         while True:
             started_at = time.monotonic()
-            process, line = await self._start()
-            ready = asyncio.create_task(_hear(line))
-            self._workers.add(process)
-            code = await self._until_it_ends(process)
-            self._workers.discard(process)
-            was_ready |= await ready
-            # Its counts stay in the metrics; what it had under way does not.
-            mark_process_dead(process.pid, self._shared[MULTIPROCESS])  # type: ignore[no-untyped-call]
+            try:
+                code, is_ready = await self._one()
+                was_ready |= is_ready
+            except OSError as error:  # no memory, or no process more: for now
+                logger.error("worker %d cannot be started: %s", number, one_line(error))
+                code = 1
             if self._stop.is_set():
                 return code
             if not was_ready:
@@ -126,18 +124,33 @@ class Supervisor:
             except TimeoutError:
                 pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
+    async def _one(self) -> tuple[int, bool]:
+        """One worker's exit code, and whether it was ready before. Raises OSError."""
+        process, line = await self._start()
+        ready = asyncio.create_task(_hear(line))
+        self._workers.add(process)
+        code = await self._until_it_ends(process)
+        self._workers.discard(process)
+        # Its counts stay in the metrics; what it had under way does not.
+        mark_process_dead(process.pid, self._shared[MULTIPROCESS])  # type: ignore[no-untyped-call]
+        return code, await ready
+
     async def _start(self) -> tuple[asyncio.subprocess.Process, socket.socket]:
-        """A worker and the line to it, on which it says when it is ready."""
+        """A worker and the line to it, on which it says when it is ready. Raises OSError."""
         ours, theirs = socket.socketpair()
+        with theirs:
+            handed = [theirs.fileno(), *(listener.fileno() for listener in self._http)]
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    pass_fds=handed,
+                    env={**os.environ, **self._shared, VARIABLE: ",".join(map(str, handed))},
+                    start_new_session=True,  # Ctrl-C is for the supervisor, who tells the workers
+                )
+            except BaseException:
+                ours.close()
+                raise
         ours.setblocking(False)
-        handed = [theirs.fileno(), *(listener.fileno() for listener in self._http)]
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            pass_fds=handed,
-            env={**os.environ, **self._shared, VARIABLE: ",".join(map(str, handed))},
-            start_new_session=True,  # Ctrl-C is for the supervisor, who tells the workers
-        )
-        theirs.close()
         return process, ours
 
     async def _until_it_ends(self, process: asyncio.subprocess.Process) -> int:

@@ -72,6 +72,8 @@ def test_an_empty_environment_variable_is_no_setting() -> None:
         ([], {"PORT": "9000", "SERVING_GRPC_PORT": "9000"}, 8080, 9000),
         (["--http_port=9001"], {"PORT": "9000"}, 9001, 8081),
         ([], {"PORT": "9000", "SERVING_HTTP_PORT": "9001"}, 9001, 8081),
+        (["--enable_grpc=false"], {"PORT": "8081"}, 8081, 8081),  # without gRPC it has no port
+        (["--http_port=8081"], {"SERVING_ENABLE_GRPC": "no"}, 8081, 8081),
     ],
 )
 def test_port_moves_rest_unless_it_is_the_grpc_port_or_a_setting_says_otherwise(

@@ -164,6 +164,13 @@ def test_reflection_lists_every_service(version: str, port: str, reflecting: Ser
     assert (response.valid_host, response.original_request) == ("here", request)
 
 
+@pytest.mark.parametrize("port", PORTS)
+def test_a_long_stream_holds_no_more_than_the_message_that_is_read(port: str, reflection: ModuleType) -> None:
+    request = reflection.ServerReflectionRequest(list_services="*", host="h" * 100_000)
+    with running(ECHO, "--enable_grpc_reflection=true", "--max_queue_bytes=500000") as server:
+        assert len(reflect(server, reflection, "v1", *[request] * 20, port=port)) == 20
+
+
 @pytest.mark.parametrize(
     ("symbol", "file"),
     [

@@ -18,6 +18,7 @@ from PIL import Image
 
 from serving.errors import InvalidInput, TooLarge
 from serving.image import decode, from_base64, image_bytes
+from serving.transports.grpc_messages import PROBES
 from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES, V1, V2, Hostile
 from tests.pictures import CAT, MODES, v1_request
 from tests.servers import Server, running
@@ -96,6 +97,19 @@ def test_over_grpc_it_is_an_invalid_argument_in_flat_memory(port: str, message: 
 
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert memory.grown_mib < MOST_MIB
+
+
+@pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
+@pytest.mark.parametrize("method", sorted(PROBES))
+def test_a_probe_of_many_fields_is_not_read_to_its_end(method: str, port: str, victim: Server) -> None:
+    """It is read on the event loop, and needs no key: 99,000 fields kept everybody waiting for 88 ms."""
+    number = victim.grpc_port if port == "gRPC port" else victim.http_port
+    with grpc.insecure_channel(f"127.0.0.1:{number}") as channel, pytest.raises(grpc.RpcError) as error:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
+        call(b"\x78\x01" * 1000, timeout=30)
+
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "more than 1,000 fields" in (error.value.details() or "")
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])

@@ -136,6 +136,9 @@ def test_a_stopping_server_is_not_ready_and_answers_until_the_drain_delay_is_ove
         assert server.get("/v2/health/ready").status_code == 503
         assert server.get("/v2/health/live").status_code == 200
         assert not grpc_call(channel, google, "ServerReady", google.ServerReadyRequest()).ready
+        assert server.get("/v1/models/custom-model").status_code == 503
+        assert server.get("/v2/models/custom-model/ready").status_code == 503
+        assert not grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name="custom-model")).ready
         assert rest(server, "a").json() == {"predictions": ["a"]}
         assert len(grpc_infer(server, google, "a").outputs) == 1
         assert server.stop() == 0  # at once, by a second signal
@@ -159,6 +162,13 @@ def test_the_drain_delay_ends_by_itself() -> None:
         assert server.stop() == 0
 
     assert 1 <= time.monotonic() - stopped_at < 10
+
+
+def test_a_handler_that_never_returns_does_not_hold_up_the_end(tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    gate("never")
+    with gated(tmp_path, "--request_timeout_seconds=1") as server:
+        assert rest(server, "never").status_code == 504
+        assert server.stop() == 0
 
 
 def test_a_signal_while_the_model_loads_ends_at_once_with_exit_0(tmp_path: Path) -> None:

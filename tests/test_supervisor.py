@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -121,6 +122,20 @@ def test_a_worker_that_cannot_start_again_is_tried_ever_more_slowly(two: Server,
     assert answering(two) == {other}
 
     (tmp_path / "elsewhere").rename(tmp_path / "model")
+    assert len(workers(two)) == WORKERS
+    assert two.stop() == 0
+
+
+def test_a_worker_for_which_the_system_has_nothing_left_is_tried_again(two: Server) -> None:
+    killed, other = workers(two)
+    _, most = resource.prlimit(two.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(two.process.pid, resource.RLIMIT_NOFILE, (3, most))
+
+    os.kill(killed, signal.SIGKILL)
+    two.wait_for_line(re.compile(r"worker \d cannot be started: .*Too many open files"))
+    assert answering(two) == {other}
+
+    resource.prlimit(two.process.pid, resource.RLIMIT_NOFILE, (most, most))
     assert len(workers(two)) == WORKERS
     assert two.stop() == 0
 

@@ -45,7 +45,6 @@ class HealthService(Service):
 
     def _status(self, service: str) -> Status:
         """Raises ModelNotFound."""
-        ready = self._dataplane.repository.ready
-        if service not in ("", SERVICE):
-            ready = self._dataplane.repository.get(service).ready and not self._dataplane.repository.draining
+        repository = self._dataplane.repository
+        ready = repository.ready if service in ("", SERVICE) else repository.is_ready(service)
         return Status.SERVING if ready else Status.NOT_SERVING

@@ -16,6 +16,8 @@ from serving.logs import public
 
 M = TypeVar("M", bound=betterproto2.Message)
 
+MOST_FIELDS_ON_LOOP = 1000  # a millisecond: probes are everybody's
+
 Metadata = Mapping[str, str]
 Unary = Callable[[bytes, Metadata], Awaitable[bytes]]
 Stream = Callable[[AsyncIterator[bytes], Metadata], AsyncIterator[bytes]]
@@ -39,10 +41,10 @@ class Service:
     streams: dict[str, Stream]
 
 
-def parse(message_class: type[M], message: bytes) -> M:
+def parse(message_class: type[M], message: bytes, most_fields: int = MOST_FIELDS_ON_LOOP) -> M:
     """Raises InvalidInput."""
     with _refused(message_class):
-        return wire.decode(message_class, message)
+        return wire.decode(message_class, message, most_fields)
 
 
 def parse_text(message_class: type[M], message: bytes, number: int) -> str:

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import grpc
 from starlette.types import Message, Receive, Scope, Send
 
+from serving.admission import Bodies
 from serving.credentials import Credentials
 from serving.errors import InvalidInput, NotSupported, TooLarge, TooSlow
 from serving.settings import Settings
@@ -35,7 +36,10 @@ OK = Status(grpc.StatusCode.OK)
 class GrpcOverHttp:
     """The ASGI application of one call; behind a Guard, which reads what a failed call leaves unread."""
 
-    def __init__(self, services: Sequence[Service], credentials: Credentials, settings: Settings) -> None:
+    def __init__(
+        self, services: Sequence[Service], credentials: Credentials, bodies: Bodies, settings: Settings
+    ) -> None:
+        self._bodies = bodies
         self._credentials = credentials
         self._settings = settings
         self._methods: dict[str, Stream] = {}
@@ -95,14 +99,15 @@ class GrpcOverHttp:
         inbox: asyncio.Queue[bytes | Exception | None],
         answering: asyncio.Task[Status],
     ) -> None:
-        """Hands messages to the call as they come, and cancels it when its client leaves."""
+        """Hands messages to the call as they come, and cancels it when its client leaves; counts those to come."""
+        buffer, more, deadline = bytearray(), True, None
         try:
-            buffer, more, deadline = bytearray(), True, None
             while more:
                 event = await self._event(receive, deadline)
                 if event["type"] == "http.disconnect":
                     answering.cancel()
                     return
+                self._bodies.take(len(event.get("body", b"")))
                 buffer += event.get("body", b"")
                 more = event.get("more_body", False)
                 while (frame := self._take(buffer)) is not None:
@@ -115,6 +120,8 @@ class GrpcOverHttp:
         except Exception as error:
             await inbox.put(error)
             return
+        finally:
+            self._bodies.give_back(len(buffer))
         while (await receive())["type"] != "http.disconnect":
             pass
         answering.cancel()
@@ -139,6 +146,7 @@ class GrpcOverHttp:
             return None
         message = bytes(buffer[PREFIX.size : end])
         del buffer[:end]
+        self._bodies.give_back(end)
         return bool(compressed), message
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from proto.generated import inference as pb
+from proto.wire import MOST_FIELDS
 from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import InvalidInput
@@ -50,8 +51,8 @@ class InferenceService(Service):
         return bytes(pb.ServerReadyResponse(ready=self._dataplane.repository.ready))
 
     async def _model_ready(self, message: bytes, _: Metadata) -> bytes:
-        model = self._dataplane.repository.get(parse(pb.ModelReadyRequest, message).name)
-        return bytes(pb.ModelReadyResponse(ready=model.ready))
+        name = parse(pb.ModelReadyRequest, message).name
+        return bytes(pb.ModelReadyResponse(ready=self._dataplane.repository.is_ready(name)))
 
     async def _server_metadata(self, message: bytes, _: Metadata) -> bytes:
         parse(pb.ServerMetadataRequest, message)
@@ -109,7 +110,7 @@ class _Exchange:
 
     def decode(self) -> Request:
         """Raises InvalidInput."""
-        message = parse(pb.ModelInferRequest, self._message)
+        message = parse(pb.ModelInferRequest, self._message, MOST_FIELDS)
         raw_contents = message.raw_input_contents
         self._raw = bool(raw_contents)
         if not self._raw:

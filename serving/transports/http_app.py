@@ -42,7 +42,9 @@ def make_http_app(
         },
     )
     guarded_rest = Guard(rest, dataplane.bodies, settings)
-    guarded_grpc = Guard(GrpcOverHttp(services, credentials, settings), dataplane.bodies, settings, endless=True)
+    guarded_grpc = Guard(
+        GrpcOverHttp(services, credentials, dataplane.bodies, settings), dataplane.bodies, settings, endless=True
+    )
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await (guarded_grpc if services and _is_grpc(scope) else guarded_rest)(scope, receive, send)
@@ -53,7 +55,8 @@ def make_http_app(
 def _is_grpc(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["http_version"] != "2":
         return False
-    return any(name == b"content-type" and value.startswith(b"application/grpc") for name, value in scope["headers"])
+    types = [value.partition(b";")[0] for name, value in scope["headers"] if name == b"content-type"]
+    return any(kind == b"application/grpc" or kind.startswith(b"application/grpc+") for kind in types)
 
 
 def _cors(origins: str) -> list[Middleware]:

@@ -24,7 +24,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, bodies: Bodies, settings: Settings, endless: bool = False) -> None:
-        """`endless` bodies may take any time and size: they are messages, which the application limits."""
+        """`endless` bodies may take any time and size: they are messages, which the application limits and counts."""
         self._app = app
         self._bodies = bodies
         self._settings = settings
@@ -68,6 +68,7 @@ class _Body:
         self._receive = receive
         self._bodies = bodies
         self._settings = settings
+        self._endless = endless
         self._most_bytes = math.inf if endless else settings.max_body_bytes
         self._deadline = None if endless else asyncio.get_running_loop().time() + settings.read_timeout_seconds
         self._declared_bytes = next(
@@ -88,8 +89,9 @@ class _Body:
         size_bytes = len(message.get("body", b""))
         if self.held_bytes + size_bytes > self._most_bytes:
             raise self._too_large()
-        self._bodies.take(size_bytes)
-        self.held_bytes += size_bytes
+        if not self._endless:
+            self._bodies.take(size_bytes)
+            self.held_bytes += size_bytes
         return message
 
     async def drop_rest(self) -> None:

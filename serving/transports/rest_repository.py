@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
@@ -16,8 +18,9 @@ def routes(dataplane: DataPlane) -> list[Route]:
     repository = dataplane.repository
 
     async def index(request: HttpRequest) -> HttpResponse:
+        repository.check_may_change()
         body = await read_body(request)
-        asked = parse_json(body) if body else {}
+        asked = await asyncio.to_thread(parse_json, body) if body else {}
         only_ready = isinstance(asked, dict) and asked.get("ready") is True
         models = repository.index(only_ready)
         return json_response(

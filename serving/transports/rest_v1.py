@@ -19,7 +19,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
 
     async def model(request: HttpRequest) -> HttpResponse:
         name = request.path_params["model"]
-        dataplane.repository.get_ready(name)
+        dataplane.repository.check_ready(name)
         return json_response({"name": name, "ready": True})
 
     async def predict(request: HttpRequest) -> HttpResponse:

@@ -44,7 +44,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
 
     async def ready(request: HttpRequest) -> HttpResponse:
         name = request.path_params["model"]
-        dataplane.repository.get_ready(name)
+        dataplane.repository.check_ready(name)
         return json_response({"name": name, "ready": True})
 
     async def infer(request: HttpRequest) -> HttpResponse:
