@@ -72,6 +72,8 @@ clean:
 	rm -rf $(VENV) .venv-kserve model bench.png soak.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is not Python 3.11 or newer, or lacks venv (Debian: python3-venv): see make … PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # The empty files say which requirements are installed, and since when.

@@ -18,6 +18,7 @@ Classes = list[tuple[str, float]]
 Ask = Callable[[bytes], Classes]
 """Of one picture; raises Refused and OSError."""
 SHOW_SECONDS = 1.0
+INTERRUPTED = 130  # as a shell counts SIGINT
 
 
 class Refused(Exception):
@@ -36,8 +37,17 @@ def run(name: str, default_port: int, connect: Callable[[argparse.Namespace], Ab
             report = Report(arguments.format, output)
             stack.callback(report.close)
             pool = stack.enter_context(ThreadPoolExecutor(arguments.connections))
+            stack.callback(pool.shutdown, cancel_futures=True)  # where the rest is not wanted any more
             answers = [(picture, pool.submit(_ask, ask, picture, read)) for picture, read in pictures]
-            failed = _write(name, report, answers)
+            try:
+                failed = _write(name, report, answers)
+            except KeyboardInterrupt:
+                report.close()
+                output.flush()
+                os._exit(INTERRUPTED)  # without waiting for the answers to what is under way
+    except BrokenPipeError:  # whoever reads has enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         sys.stderr.write(f"{name}: {reason}\n")
@@ -54,10 +64,12 @@ def _write(name: str, report: Report, answers: Sequence[tuple[str, Future[Found]
     failed, shown_at = 0, time.monotonic()
     for done, (picture, answer) in enumerate(answers, 1):
         try:
-            report.write(answer.result())
+            found = answer.result()
         except (OSError, Refused) as error:
             failed += 1
             sys.stderr.write(f"{name}: {picture}: {getattr(error, 'strerror', None) or error}\n")
+        else:
+            report.write(found)
         if sys.stderr.isatty() and time.monotonic() - shown_at > SHOW_SECONDS:
             shown_at = time.monotonic()
             sys.stderr.write(f"{done} of {len(answers)} pictures\n")
@@ -94,6 +106,8 @@ def _arguments(name: str, default_port: int) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.connections < 1:
         parser.exit(2, f"{name}: --connections must be at least 1\n")
+    if arguments.timeout_seconds <= 0:
+        parser.exit(2, f"{name}: --timeout_seconds must be more than 0\n")
     for flag in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "api_key_file"):
         if (file := getattr(arguments, flag)) and not file.is_file():
             parser.exit(2, f"{name}: --{flag}={file} is no file\n")

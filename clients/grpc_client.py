@@ -16,7 +16,7 @@ from proto.generated import inference as pb
 from proto.wire import decode
 
 SERVICE = "inference.GRPCInferenceService"
-# A busy server answers UNAVAILABLE, and says after how long to come again; grpc itself waits and does.
+# A busy server answers UNAVAILABLE, and says after how long to try again; grpc itself waits and does.
 RETRIES = {
     "maxAttempts": 4,
     "initialBackoff": "0.5s",

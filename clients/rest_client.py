@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import http.client
 import json
 import ssl
 import sys
@@ -12,10 +13,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import quote
 
 from clients.asking import Ask, Classes, Refused, authorization, run
 
-MOST_ATTEMPTS = 4  # where the server is busy, and says when to come again
+MOST_ATTEMPTS = 4  # where the server is busy, and says when to try again
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
         scheme, tls = "https", ssl.create_default_context(cafile=arguments.ssl_ca_certs)
         if arguments.ssl_certfile:
             tls.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
-    url = f"{scheme}://{arguments.address}/v1/models/{arguments.model_name}:predict"
+    url = f"{scheme}://{arguments.address}/v1/models/{quote(arguments.model_name)}:predict"
     given = {"Authorization": authorization(arguments), "Host": arguments.authority}
     headers = {"Content-Type": "application/json", **{name: value for name, value in given.items() if value}}
 
@@ -43,12 +45,14 @@ def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
                 return [(found["label"], found["probability"]) for found in row]
             except urllib.error.HTTPError as error:
                 with error:
-                    wait_seconds = error.headers.get("retry-after")
-                    if error.code != 503 or not wait_seconds or attempt == MOST_ATTEMPTS:
+                    wait_seconds = error.headers.get("retry-after", "")
+                    if error.code != 503 or not wait_seconds.isdigit() or attempt == MOST_ATTEMPTS:
                         raise Refused(f"{arguments.address} answered {error.code}: {_problem(error.read())}") from None
-                time.sleep(float(wait_seconds))
+                time.sleep(int(wait_seconds))
             except urllib.error.URLError as error:
                 raise Refused(f"{arguments.address} cannot be reached: {error.reason}") from None
+            except http.client.HTTPException:
+                raise Refused(f"{arguments.address} does not speak HTTP: see --address") from None
             except (KeyError, TypeError, ValueError):
                 raise Refused(f"{arguments.address} answered something else than classes") from None
         raise AssertionError  # the last attempt returns or raises

@@ -42,7 +42,8 @@ class Classifier(Predictor):
             self.card = ModelCard.from_properties(self.engine.metadata)
         except (KeyError, ValueError) as error:
             raise ModelDamaged(
-                f"{self.model_dir} lacks the metadata that `python -m model_export` writes ({error}); export it again"
+                f"{self.model_dir} lacks the metadata that `python -m model_export` writes ({error}); export it again, "
+                "or name the class of another kind of model with --predictor"
             ) from error
         self.warning = self.card.warning
         self.properties = {

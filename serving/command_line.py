@@ -147,7 +147,7 @@ def _parser(types: Mapping[str, Any]) -> argparse.ArgumentParser:
                 flag,
                 dest=entry.name,
                 action="append" if types[entry.name] == tuple[str, ...] else "store",
-                metavar=entry.name.rsplit("_", 1)[-1].upper(),
+                metavar="true|false" if types[entry.name] is bool else entry.name.rsplit("_", 1)[-1].upper(),
                 help=help_shown,
             )
     return parser

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +24,7 @@ from PIL import Image, ImageChops
 from examples.draw import draw
 from tests.certificates import make_party
 from tests.pictures import CAT, MODES, v1_request
-from tests.servers import PROJECT, Server, running
+from tests.servers import PROJECT, Server, gated, running
 
 
 def client(*arguments: str, port: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -173,6 +175,7 @@ def test_a_client_calls_the_model_and_the_host_of_the_environment(name: str, ser
         (["clients.grpc_client", "examples/picture.jpg"], 1, "grpc_client: examples/picture.jpg: 127.0.0.1:1 "),
         (["clients.rest_client", "examples/picture.jpg"], 1, "rest_client: examples/picture.jpg: 127.0.0.1:1 "),
         (["clients.rest_client", "a.jpg", "--ssl_ca_certs=none"], 2, "rest_client: --ssl_ca_certs=none is no file\n"),
+        (["clients.rest_client", "a.jpg", "--timeout_seconds=0"], 2, "rest_client: --timeout_seconds must be more"),
         (["clients.make_input"], 2, "usage: make_input.py PICTURE [PICTURE …] > input.json\n"),
         (["clients.make_input", "absent.jpg"], 1, "make_input.py: absent.jpg: No such file or directory\n"),
     ],
@@ -182,6 +185,45 @@ def test_a_client_that_cannot_do_its_work_ends_with_one_line(arguments: list[str
 
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
     assert done.stderr.startswith(problem)
+
+
+def test_a_port_that_speaks_something_else_is_told_in_one_line(server: Server) -> None:
+    done = client("clients.rest_client", "examples/picture.jpg", port=server.grpc_port)
+
+    assert done.returncode == 1
+    assert done.stderr.endswith("does not speak HTTP: see --address\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_is_no_failure_of_a_picture(server: Server, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(CAT)
+    command = [sys.executable, "-m", "clients.rest_client", f"--address=127.0.0.1:{server.http_port}"]
+
+    with subprocess.Popen(
+        [*command, f"{tmp_path}/*.png"], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as reading:
+        assert reading.stdout
+        assert reading.stderr
+        reading.stdout.readline()
+        reading.stdout.close()
+        assert (reading.stderr.read(), reading.wait(timeout=60)) == ("", 1)
+
+
+def test_an_interrupt_ends_the_asking(tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    held = gate("held")
+    request = {"instances": [{"image": {"b64": base64.b64encode(b"held").decode()}}] * 50}
+    (tmp_path / "input.json").write_text(json.dumps(request))
+    with gated(tmp_path, "--max_asyncio_workers=1") as server:
+        command = [sys.executable, "-m", "clients.rest_client", f"--address=127.0.0.1:{server.http_port}"]
+        with subprocess.Popen(
+            [*command, f"{tmp_path}/input.json"], cwd=PROJECT, stderr=subprocess.PIPE, text=True
+        ) as asking:
+            with held.open("wb"):
+                asking.send_signal(signal.SIGINT)
+            assert asking.wait(timeout=30) == 130
+            assert asking.stderr
+            assert "Traceback" not in asking.stderr.read()
 
 
 def test_a_file_that_is_no_request_is_told_from_one(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from playwright.sync_api import Page, expect
 from tests.browser import needs_browser, opened
 from tests.pictures import CAT, v1_request
 from tests.servers import PROJECT, Server, running
+from tests.test_metrics import ended, value, wait_for
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 PHOTO = {"name": "cat's photo.png", "mimeType": "image/png", "buffer": CAT}
@@ -84,6 +86,28 @@ def test_a_picture_that_is_given_shows_its_five_classes_and_where_the_time_went(
         stages = [row.split()[0] for row in page.locator("#legend li").all_inner_texts()]
         assert stages == ["preprocess", "waiting", "predict", "postprocess", "network"]
         assert troubles == []
+
+
+@needs_browser
+def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, gate: Callable[[str], Path]) -> None:
+    """The model is held, so that the first picture's answer comes after the file that is none."""
+    held = gate("held")
+    flags = (f"--model=pictures={model_dir},slow=", "--predictor=slow=tests.predictors:EveryCore")
+    with running(*flags) as server, ThreadPoolExecutor() as clients, opened(server.url) as (page, _):
+        expect(page.locator("#facts")).to_contain_text("architecture alexnet")
+        body = json.dumps({"instances": [str(held)]})
+        busy = clients.submit(server.post, "/v1/models/slow:predict", body)
+        with held.open("wb"):
+            give(page, "drop")
+            wait_for(lambda: value(server, "serving_requests_under_way") == 2, server)
+            give(page, "drop", b"%PDF-1.7", "a.pdf", "application/pdf")
+            expect(page.locator("#problem")).to_contain_text("a.pdf is no picture")
+        assert busy.result().status_code == 200
+        wait_for(lambda: ended(server).get(("v1", "answered")) == 2, server)
+        expect(page.locator("#under-way")).to_have_text("0")
+
+        assert page.locator("#problem").is_visible()
+        assert page.locator("#classes li").count() == 0
 
 
 @needs_browser
@@ -201,6 +225,10 @@ def test_where_a_key_is_needed_the_page_asks_for_it(model_dir: Path, tmp_path: P
     (tmp_path / "keys").write_text("secret\n")
     flags = (f"--model_dir={model_dir}", f"--api_key_file={tmp_path / 'keys'}")
     with running(*flags) as server, opened(server.url) as (page, _):
+        expect(page.locator("#problem")).to_have_text("Give the server's API key above.")
+        page.get_by_label("This server wants an API key").fill("guess")
+        page.keyboard.press("Enter")
+        expect(page.locator("#problem")).to_have_text("This key is not accepted.")
         page.get_by_label("This server wants an API key").fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#facts")).to_contain_text("alexnet")
