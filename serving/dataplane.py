@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from serving.admission import Admission, Bodies, Ticket
+from serving.admission import Admission, Bodies
 from serving.errors import Late, ServingError
 from serving.latency import Latency
 from serving.metrics import Metrics
@@ -64,7 +64,7 @@ class DataPlane:
         latency = Latency(self.metrics)
         seconds = self.settings.request_timeout_seconds
         try:
-            with self._admitted(model_name) as ticket:
+            with self._admissions[model_name].ticket() as ticket, self.metrics.under_way.track_inprogress():
 
                 def counted_decode() -> Request:
                     request = decode()
@@ -83,8 +83,3 @@ class DataPlane:
     def extensions(self) -> list[str]:
         """Of the Open Inference Protocol, over REST and gRPC."""
         return ["classification", *(["model_repository_extension"] if self.repository.may_change else [])]
-
-    @contextmanager
-    def _admitted(self, model_name: str) -> Iterator[Ticket]:
-        with self._admissions[model_name].ticket() as ticket, self.metrics.under_way.track_inprogress():
-            yield ticket

@@ -143,7 +143,7 @@ class StartError(Exception):
 
 
 class BadSetting(StartError, exit_code=2):
-    """A flag or environment variable is unknown or out of range."""
+    """A flag is unknown, or it or its environment variable is out of range."""
 
 
 class PortInUse(StartError, exit_code=3):

@@ -100,7 +100,10 @@ def iris(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which somebody has followed the README: the model made, the predictor written."""
     folder = tmp_path_factory.mktemp("iris")
     making, predictor = blocks("python")
-    subprocess.run([sys.executable, "-W", "error", "-c", making], cwd=folder, check=True, timeout=60)
+    (folder / "make_iris.py").write_text(making)
+    python, *words = shlex.split(command(".venv/bin/python make_iris.py"))
+    assert python == ".venv/bin/python"
+    subprocess.run([sys.executable, "-W", "error", *words], cwd=folder, check=True, timeout=60)
     (folder / "iris.py").write_text(predictor)
     return folder
 
@@ -125,6 +128,13 @@ def test_the_predictor_of_ones_own_answers_as_shown(iris: Path) -> None:
 
     np.testing.assert_allclose(rounded(answer), rounded(json.loads(blocks("json")[1])), atol=1e-3)
     assert (refused.status_code, refused.json()) == (400, {"error": "the input must be four numbers a row"})
+
+
+def test_what_the_second_example_installs_is_what_it_is_tested_with() -> None:
+    pins = command(".venv/bin/python -m pip install scikit-learn").partition(" install ")[2].split()
+
+    tested = (PROJECT / "requirements-dev.txt").read_text().split()
+    assert set(pins) <= set(tested)
 
 
 def test_several_models_are_served_by_one_process(model_dir: Path, iris: Path) -> None:
@@ -167,6 +177,8 @@ def test_every_other_command_is_run_by_ci() -> None:
         "curl localhost:8080/v1/models/iris",
         "python3 clients/make_input.py",
         ".venv/bin/python -m clients",
+        ".venv/bin/python -m pip install scikit-learn",  # the test tools have it
+        ".venv/bin/python make_iris.py",
         "python3 -m clients.rest_client",
         ".venv/bin/python app.py --model_name=iris",
         ".venv/bin/python app.py --model=pictures",

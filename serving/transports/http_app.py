@@ -21,7 +21,7 @@ from serving.transports import rest_docs, rest_ops, rest_page, rest_repository, 
 from serving.transports.access_log import AccessLog
 from serving.transports.grpc_messages import Service
 from serving.transports.grpc_over_http import GrpcOverHttp
-from serving.transports.rest_access import Access
+from serving.transports.rest_credentials import Access
 from serving.transports.rest_guard import Guard
 from serving.transports.rest_response import error_response, json_response
 

@@ -48,7 +48,7 @@ class HttpServer:
         config.ssl_handshake_timeout = settings.read_timeout_seconds
         if settings.ssl_ca_certs:
             config.ca_certs = str(settings.ssl_ca_certs)
-            config.verify_mode = ssl.CERT_OPTIONAL  # probes have none: rest_access asks the others
+            config.verify_mode = ssl.CERT_OPTIONAL  # probes have none: rest_credentials asks the others
         try:
             config.create_ssl_context()
         except OSError as error:

@@ -10,11 +10,17 @@ from typing import Any
 from starlette.responses import Response
 
 from serving.errors import ServingError
+from serving.latency import Latency
 from serving.transports.rest_json import dump_json
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(dump_json(content), status, headers, media_type="application/json")
+
+
+def inference_response(answer: bytes, headers: Mapping[str, str], latency: Latency) -> Response:
+    """The predictor's headers and the codec's, and where the time went."""
+    return Response(answer, headers={**headers, "server-timing": latency.server_timing})
 
 
 def error_response(error: ServingError) -> Response:

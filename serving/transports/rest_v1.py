@@ -9,7 +9,7 @@ from starlette.routing import Route
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
 from serving.transports.rest_request import body_type, read_inference, while_client_stays
-from serving.transports.rest_response import json_response
+from serving.transports.rest_response import inference_response, json_response
 from serving.transports.rest_v1_codec import PredictExchange
 
 
@@ -32,7 +32,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
             async with while_client_stays(request):
                 (answer, headers), latency = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v1", len(answer))
-            return HttpResponse(answer, headers={**headers, "server-timing": latency.server_timing})
+            return inference_response(answer, headers, latency)
 
     async def explain(request: HttpRequest) -> HttpResponse:
         dataplane.repository.get_ready(request.path_params["model"])

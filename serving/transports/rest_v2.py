@@ -13,7 +13,7 @@ from serving.dataplane import DataPlane
 from serving.errors import NotSupported
 from serving.tensors import TensorSpec
 from serving.transports.rest_request import body_type, read_inference, while_client_stays
-from serving.transports.rest_response import json_response
+from serving.transports.rest_response import inference_response, json_response
 from serving.transports.rest_v2_codec import LENGTH_HEADER, InferExchange
 
 
@@ -58,7 +58,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
             async with while_client_stays(request):
                 (answer, headers), latency = await dataplane.infer(name, exchange.decode, exchange.encode)
             dataplane.metrics.sent("v2", len(answer))
-            return HttpResponse(answer, headers={**headers, "server-timing": latency.server_timing})
+            return inference_response(answer, headers, latency)
 
     async def version(_: HttpRequest) -> HttpResponse:
         raise NotSupported("Model versioning not supported yet.")
