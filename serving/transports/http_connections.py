@@ -34,6 +34,11 @@ class Connections:
         self._most = most
         self._busy: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the longest idle first
+        self._none = asyncio.Event()
+        self._none.set()
+
+    async def all_gone(self) -> None:
+        await self._none.wait()
 
     def make_room(self) -> bool:
         """False where every connection has a request."""
@@ -47,6 +52,7 @@ class Connections:
         return True
 
     def idle(self, connection: Connection) -> None:
+        self._none.clear()
         self._busy.discard(connection)
         self._idle.setdefault(connection)
 
@@ -60,6 +66,8 @@ class Connections:
     def forget(self, connection: Connection) -> None:
         self._busy.discard(connection)
         self._idle.pop(connection, None)
+        if not self._busy and not self._idle:
+            self._none.set()
 
 
 class HttpConfig(Config):

@@ -78,3 +78,4 @@ class HttpServer:
 
         self._config.bind = [f"fd://{listener.detach()}" for listener in self._sockets]
         await hypercorn.asyncio.serve(cast(Framework, app), self._config, shutdown_trigger=until_stop, mode="asgi")
+        await self._config.connections.all_gone()  # one accepted at the moment of the close Hypercorn does not wait for
