@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import STOP_SIGNALS
+from serving.allocator import share_memory
 from serving.cpus import available_cpus
 from serving.credentials import Credentials
 from serving.dataplane import DataPlane
@@ -42,6 +43,7 @@ CANCEL_SECONDS = 0.1
 def run(settings: Settings) -> None:
     """Serve until a signal, and answer what was accepted before it. Raises StartError."""
     allow_descriptors()
+    share_memory()
     factory = loop_factory(settings.event_loop)
     supervised = inherited(os.environ)
     # Bound at once: that a port is in use is known before a model is loaded.

@@ -27,7 +27,7 @@ class Prepared:
 
     @property
     def size(self) -> int:
-        return _size(self.rows)
+        return len(next(iter(self.rows.values())))
 
     def goes_with(self, other: Prepared) -> bool:
         """Whether the rows of both are arrays of the same kinds, for the same predictor."""
@@ -88,14 +88,10 @@ class Runs:
         ]
 
     def _piece(self, predictor: Predictor, rows: Rows) -> Rows:
-        size = _size(rows)
+        size = len(next(iter(rows.values())))
         self._metrics.run(self._model_name, size)
         predictions = predictor.predict(rows)
         for name, array in predictions.items():
             if len(array) != size:
                 raise ValueError(f"predict was given {size} rows and gave {len(array)} of {name}")
         return predictions
-
-
-def _size(rows: Rows) -> int:
-    return len(next(iter(rows.values())))

@@ -175,7 +175,7 @@ class Settings:
         "true or false; with it JPEGs are decoded no larger than needed: faster, and pixels differ from torchvision's "
         "by up to 3 grey levels on average",
     )
-    max_batch_size: int = _setting(8, "most rows in one run of the model; a larger request takes several", _positive)
+    max_batch_size: int = _setting(16, "most rows in one run of the model; a larger request takes several", _positive)
     max_batch_delay_ms: int = _setting(
         0, "milliseconds that a batch may wait to be filled; 0 never waits, and still takes what is queued",
         _between(0, 60_000),

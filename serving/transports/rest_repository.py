@@ -1,4 +1,4 @@
-"""The model repository over REST, as KServe's agent and Triton's clients speak it."""
+"""The models over REST, to V1 and V2 alike: which there are, whether one is ready; and what loads and unloads them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ from serving.transports.rest_response import json_response
 
 def routes(dataplane: DataPlane) -> list[Route]:
     repository = dataplane.repository
+
+    async def models(_: HttpRequest) -> HttpResponse:
+        return json_response({"models": repository.names})
+
+    async def ready(request: HttpRequest) -> HttpResponse:
+        name = request.path_params["model"]
+        repository.check_ready(name)
+        return json_response({"name": name, "ready": True})
 
     async def index(request: HttpRequest) -> HttpResponse:
         repository.check_may_change()
@@ -38,6 +46,10 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return json_response({"name": name, "unload": True})
 
     return [
+        Route("/v1/models", models),
+        Route("/v1/models/{model}", ready),
+        Route("/v2/models", models),
+        Route("/v2/models/{model}/ready", ready),
         Route("/v2/repository/index", index, methods=["POST"]),
         Route("/v2/repository/models/{model}/load", load, methods=["POST"]),
         Route("/v2/repository/models/{model}/unload", unload, methods=["POST"]),

@@ -9,19 +9,11 @@ from starlette.routing import Route
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
 from serving.transports.rest_request import body_type, read_inference, while_client_stays
-from serving.transports.rest_response import inference_response, json_response
+from serving.transports.rest_response import inference_response
 from serving.transports.rest_v1_codec import PredictExchange
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
-    async def models(_: HttpRequest) -> HttpResponse:
-        return json_response({"models": dataplane.repository.names})
-
-    async def model(request: HttpRequest) -> HttpResponse:
-        name = request.path_params["model"]
-        dataplane.repository.check_ready(name)
-        return json_response({"name": name, "ready": True})
-
     async def predict(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v1"):
             name = request.path_params["model"]
@@ -39,8 +31,6 @@ def routes(dataplane: DataPlane) -> list[Route]:
         raise NotSupported("Could not find explainer_host.")  # KServe's words for a model without an explainer
 
     return [
-        Route("/v1/models", models),
         Route("/v1/models/{model}:predict", predict, methods=["POST"]),
         Route("/v1/models/{model}:explain", explain, methods=["POST"]),
-        Route("/v1/models/{model}", model),
     ]

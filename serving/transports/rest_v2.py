@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -11,7 +12,6 @@ from starlette.routing import Route
 from serving import NAME, __version__
 from serving.dataplane import DataPlane
 from serving.errors import NotSupported
-from serving.tensors import TensorSpec
 from serving.transports.rest_request import body_type, read_inference, while_client_stays
 from serving.transports.rest_response import inference_response, json_response
 from serving.transports.rest_v2_codec import LENGTH_HEADER, InferExchange
@@ -23,9 +23,6 @@ def routes(dataplane: DataPlane) -> list[Route]:
             {"name": NAME, "version": __version__, "extensions": ["binary_tensor_data", *dataplane.extensions]}
         )
 
-    async def models(_: HttpRequest) -> HttpResponse:
-        return json_response({"models": dataplane.repository.names})
-
     async def metadata(request: HttpRequest) -> HttpResponse:
         model = dataplane.repository.get(request.path_params["model"])
         described = model.described
@@ -33,19 +30,14 @@ def routes(dataplane: DataPlane) -> list[Route]:
             "name": model.name,
             "versions": None,
             "platform": described.platform,
-            "inputs": [_specification(spec) for spec in described.inputs],
-            "outputs": [_specification(spec) for spec in described.outputs],
+            "inputs": [asdict(spec) for spec in described.inputs],
+            "outputs": [asdict(spec) for spec in described.outputs],
         }
         if described.properties:
             content["properties"] = described.properties
         if described.warning:
             content["warning"] = described.warning
         return json_response(content)
-
-    async def ready(request: HttpRequest) -> HttpResponse:
-        name = request.path_params["model"]
-        dataplane.repository.check_ready(name)
-        return json_response({"name": name, "ready": True})
 
     async def infer(request: HttpRequest) -> HttpResponse:
         with dataplane.counted("v2"):
@@ -65,15 +57,9 @@ def routes(dataplane: DataPlane) -> list[Route]:
 
     return [
         Route("/v2", server),
-        Route("/v2/models", models),
         Route("/v2/models/{model}", metadata),
-        Route("/v2/models/{model}/ready", ready),
         Route("/v2/models/{model}/infer", infer, methods=["POST"]),
         Route("/v2/models/{model}/versions/{version}", version),
         Route("/v2/models/{model}/versions/{version}/ready", version),
         Route("/v2/models/{model}/versions/{version}/infer", version, methods=["POST"]),
     ]
-
-
-def _specification(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}

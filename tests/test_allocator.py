@@ -1,0 +1,42 @@
+"""serving/allocator.py: what the C library says of its pools, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.servers import PROJECT
+
+THREADS_AT_WORK = """
+import ctypes, sys, threading
+from serving.allocator import share_memory
+
+if sys.argv[1] == "shared":
+    share_memory()
+ready = threading.Barrier(4)
+
+def work():
+    kept = bytearray(100_000)
+    ready.wait()
+
+threads = [threading.Thread(target=work) for _ in range(ready.parties)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info(0, ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w")))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.parametrize(("memory", "pools"), [("shared", 1), ("default", 5)])
+def test_all_threads_have_one_pool_instead_of_one_each(memory: str, pools: int) -> None:
+    command = [sys.executable, "-c", THREADS_AT_WORK, memory]
+    described = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+
+    assert described.count("<heap nr=") == pools
