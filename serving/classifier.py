@@ -76,7 +76,8 @@ class Classifier(Predictor):
         """Images or prepared tensors, of one input or of several in a row, to `pixels`, FP32 [rows, 3, crop, crop]."""
         if request.instances and len(request.inputs) > 1:
             raise InvalidInput(f"the model takes one value an instance, not {len(request.inputs)}")
-        return {"pixels": np.concatenate([self._pixels(tensor) for tensor in request.inputs])}
+        pixels = [array for tensor in request.inputs for array in self._pixels(tensor)]
+        return {"pixels": np.concatenate(pixels) if len(pixels) > 1 else pixels[0]}
 
     def predict(self, rows: Rows) -> Rows:
         return self.engine.run(rows)
@@ -117,11 +118,11 @@ class Classifier(Predictor):
             texts[row, column] = b"%f:%d:%s" % (values[row, index], index, self.labels[index])
         return Tensor(name, texts)
 
-    def _pixels(self, tensor: Tensor) -> NDArray[np.float32]:
+    def _pixels(self, tensor: Tensor) -> list[NDArray[np.float32]]:
+        """Prepared ones where they lie, in what came over the network."""
         if tensor.datatype != "BYTES":
-            return self._prepared(tensor)
-        images = [self._image(tensor.name, row, element) for row, element in enumerate(tensor.array.flat)]
-        return np.array(images, np.float32).reshape(-1, *self.row_shape)
+            return [self._prepared(tensor)]
+        return [self._image(tensor.name, row, element)[np.newaxis] for row, element in enumerate(tensor.array.flat)]
 
     def _warm_up(self) -> None:
         """The first run allocates memory and starts threads, and shows whether the model runs at all."""

@@ -107,6 +107,16 @@ def test_a_tensor_that_was_not_prepared_for_the_model_is_refused(
         classifier.preprocess(Request("alexnet", (Tensor("data", array),)))
 
 
+def test_a_prepared_tensor_is_run_where_it_lies(classifier: Classifier) -> None:
+    message = np.zeros((2, 3, 224, 224), np.float32).tobytes()
+    prepared = np.frombuffer(message, np.float32).reshape(2, 3, 224, 224)
+
+    pixels = classifier.preprocess(Request("alexnet", (Tensor("data", prepared),)))["pixels"]
+
+    assert np.shares_memory(pixels, prepared)
+    assert classifier.predict({"pixels": pixels})["logits"].shape == (2, 1000)
+
+
 def test_a_bad_image_is_named_by_its_row(classifier: Classifier) -> None:
     with pytest.raises(InvalidInput, match=r"^input 'image', row 1: neither an image"):
         classifier.preprocess(images(CAT, b"no image", CAT))
