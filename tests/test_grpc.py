@@ -9,8 +9,10 @@ import grpc
 import numpy as np
 import pytest
 
+from bench.subject import memory_mib
 from model_export.source import Source
 from serving import __version__
+from serving.settings import MIB
 from tests.conftest import grpc_call
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import Server, running
@@ -257,6 +259,20 @@ def test_a_message_of_nearly_the_limit_is_read(channel: grpc.Channel, google: Mo
     code, details = error_of(channel, google, "ModelInfer", image_request(google, bytes(8 * 1024 * 1024 - 100)))
 
     assert (code, details[:38]) == ("INVALID_ARGUMENT", "input 'input-0', row 0: neither an ima")
+
+
+def test_a_message_is_let_go_with_its_call(google: ModuleType) -> None:
+    large = google.ModelInferRequest(model_name="nobody", raw_input_contents=[bytes(7 * MIB)])
+    with (
+        running("--predictor=tests.predictors:BatchSize") as server,
+        grpc.insecure_channel(server.grpc_address) as channel,
+    ):
+        assert error_of(channel, google, "ModelInfer", large)[0] == "NOT_FOUND"
+        before_mib = memory_mib(server.process.pid, "Rss")
+        for _ in range(40):
+            error_of(channel, google, "ModelInfer", large)
+
+        assert memory_mib(server.process.pid, "Rss") - before_mib < 100
 
 
 def test_more_instances_than_allowed_are_resource_exhausted(channel: grpc.Channel, google: ModuleType) -> None:

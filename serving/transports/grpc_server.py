@@ -22,9 +22,7 @@ from serving.transports import access_log
 from serving.transports.grpc_messages import PROBES, Service, Status, Stream, Unary, status_of, there
 
 MOST_STREAMS = 1000
-MOST_PENDING = (
-    5000  # calls, reset ones too; beyond it grpc cancels at random, at its default of 1,000 under a flood of resets
-)
+MOST_PENDING = 5000  # calls, reset ones too; beyond it grpc cancels at random: a flood of resets passes its own 1,000
 NEVER = float(10**6)  # seconds; the lifecycle has the deadline
 
 
@@ -104,23 +102,22 @@ class _Around:
     credentials: Credentials | None
     read_timeout_seconds: int
 
-    async def first(self, messages: AsyncIterator[bytes], call: _Call) -> bytes | None:
+    async def first(self, context: Context, call: _Call) -> bytes | None:
         """The first message, of a call that may ask. Raises Unauthenticated and TooSlow."""
         if self.credentials:
             self.credentials.check(call.metadata.get("authorization", ""), has_certificate=True)
         try:
             async with asyncio.timeout(self.read_timeout_seconds):
-                return await anext(messages, None)
+                return await _next(context)
         except TimeoutError:
             raise TooSlow(self.read_timeout_seconds) from None
 
-    async def all(self, messages: AsyncIterator[bytes], call: _Call) -> AsyncIterator[bytes]:
+    async def all(self, context: Context, call: _Call) -> AsyncIterator[bytes]:
         """The rest may take any time."""
-        first = await self.first(messages, call)
-        if first is not None:
-            yield first
-            async for message in messages:
-                yield message
+        message = await self.first(context, call)
+        while message is not None:
+            yield message
+            message = await _next(context)
 
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -157,10 +154,10 @@ def _tls(settings: Settings) -> grpc.ServerCredentials:
 
 
 def _unary(method: Unary, around: _Around) -> Any:
-    async def answer(messages: AsyncIterator[bytes], context: Context) -> bytes:
+    async def answer(_: object, context: Context) -> bytes:
         with around.line_of(context) as call:
             try:
-                response = await method(there(await around.first(messages, call)), call.metadata)
+                response = await method(there(await around.first(context, call)), call.metadata)
                 call.status, call.sent_bytes = grpc.StatusCode.OK, len(response)
                 return response
             except Exception as error:
@@ -175,10 +172,10 @@ def _unary(method: Unary, around: _Around) -> Any:
 def _stream(method: Stream, around: _Around) -> Any:
     """Also for methods of one request: on the wire they are streams as well."""
 
-    async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+    async def answer(_: object, context: Context) -> AsyncIterator[bytes]:
         with around.line_of(context) as call:
             try:
-                async for message in method(around.all(messages, call), call.metadata):
+                async for message in method(around.all(context, call), call.metadata):
                     call.sent_bytes += len(message)
                     yield message
                 call.status = grpc.StatusCode.OK
@@ -186,6 +183,15 @@ def _stream(method: Stream, around: _Around) -> Any:
                 await _end(call, status_of(error), context)
 
     return grpc.stream_stream_rpc_method_handler(answer)
+
+
+async def _next(context: Context) -> bytes | None:
+    """A message, or None at their end.
+
+    Not by grpc's iterator: that keeps its last one until Python looks for cycles, 642 of 0.6 MB with 64 clients.
+    """
+    message = await context.read()
+    return None if message is grpc.aio.EOF else message
 
 
 async def _end(call: _Call, status: Status, context: Context) -> NoReturn:
