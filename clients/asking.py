@@ -38,8 +38,8 @@ def run(name: str, default_port: int, connect: Callable[[argparse.Namespace], Ab
             stack.callback(report.close)
             pool = stack.enter_context(ThreadPoolExecutor(arguments.connections))
             stack.callback(pool.shutdown, cancel_futures=True)  # where the rest is not wanted any more
-            answers = [(picture, pool.submit(_ask, ask, picture, read)) for picture, read in pictures]
             try:
+                answers = [(picture, pool.submit(_ask, ask, picture, read)) for picture, read in pictures]
                 failed = _write(name, report, answers)
             except KeyboardInterrupt:
                 report.close()

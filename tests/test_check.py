@@ -15,7 +15,7 @@ import pytest
 from tests.servers import PROJECT, Server, running
 
 ECHO = "--predictor=tests.predictors:Echo"
-LIMITS = "at most 128 requests of a model at once, 8 rows in a batch, 8 MiB a body, 60 s an answer"
+LIMITS = "at most 128 requests of a model at once, 16 rows in a batch, 8 MiB a body, 60 s an answer"
 
 
 def check(
