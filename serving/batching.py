@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from serving.errors import ServingError
 from serving.metrics import Metrics
-from serving.runs import Predicted, Prepared, Runs
+from serving.runs import Predicted, Prepared, Runs, size_of
 from serving.threads import Job, Threads, attempt, settle
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Batcher:
                 return math.inf
             if self._coming:
                 due_at = max(due_at, max(oldest.since, self._ran_until) + WORTH_RUNS * self._run_seconds)
-        if due_at > now and sum(waiting.prepared.size for waiting in self._queue) >= self._max_rows:
+        if due_at > now and sum(size_of(waiting.prepared.rows) for waiting in self._queue) >= self._max_rows:
             return oldest.since
         return due_at
 
@@ -114,7 +114,7 @@ class Batcher:
         others: deque[_Waiting] = deque()
         dropped, free = 0, self._max_rows
         for waiting in self._queue:
-            size = waiting.prepared.size
+            size = size_of(waiting.prepared.rows)
             if waiting.asked.answer.cancelled():
                 dropped += 1
             elif not batch or (size <= free and waiting.prepared.goes_with(batch[0].prepared)):

@@ -25,10 +25,6 @@ class Prepared:
     rows: Rows
     context: Context = field(default_factory=copy_context)  # with the request's id, for what is logged of it
 
-    @property
-    def size(self) -> int:
-        return len(next(iter(self.rows.values())))
-
     def goes_with(self, other: Prepared) -> bool:
         """Whether the rows of both are arrays of the same kinds, for the same predictor."""
         return self.predictor is other.predictor and self._kinds() == other._kinds()
@@ -70,7 +66,8 @@ class Runs:
         predictor, rows = batch[0].predictor, batch[0].rows
         if len(batch) > 1:
             rows = {name: np.concatenate([prepared.rows[name] for prepared in batch]) for name in rows}
-        ends = list(accumulate(prepared.size for prepared in batch))
+        sizes = [size_of(prepared.rows) for prepared in batch]
+        ends = list(accumulate(sizes))
         started_at = time.perf_counter()
         try:
             pieces = [
@@ -83,15 +80,20 @@ class Runs:
                 self._metrics.inferred(self._model_name, run_seconds)
         predictions = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         return [
-            Predicted({name: array[end - prepared.size : end] for name, array in predictions.items()}, run_seconds)
-            for prepared, end in zip(batch, ends, strict=True)
+            Predicted({name: array[end - size : end] for name, array in predictions.items()}, run_seconds)
+            for size, end in zip(sizes, ends, strict=True)
         ]
 
     def _piece(self, predictor: Predictor, rows: Rows) -> Rows:
-        size = len(next(iter(rows.values())))
+        size = size_of(rows)
         self._metrics.run(self._model_name, size)
         predictions = predictor.predict(rows)
         for name, array in predictions.items():
             if len(array) != size:
                 raise ValueError(f"predict was given {size} rows and gave {len(array)} of {name}")
         return predictions
+
+
+def size_of(rows: Rows) -> int:
+    """How many rows they are."""
+    return len(next(iter(rows.values())))
