@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -194,10 +194,14 @@ async def _next(context: Context) -> bytes | None:
     return None if message is grpc.aio.EOF else message
 
 
-async def _end(call: _Call, status: Status, context: Context) -> NoReturn:
-    call.status = status.code
+async def _end(call: _Call, status: Status, context: Context) -> bytes:
+    """What it returns nobody is sent; the call may be over already, as grpc ends one of too long a message itself."""
     context.set_trailing_metadata((*context.trailing_metadata(), *status.trailers))
-    await context.abort(status.code, status.text)
+    with suppress(grpc.aio.InternalError):
+        call.status = status.code
+        await context.abort(status.code, status.text)
+    call.status = grpc.StatusCode.CANCELLED
+    return b""
 
 
 def _metadata(context: Context) -> dict[str, str]:
