@@ -22,7 +22,7 @@ from bench import load
 from bench.limit import Limits
 from bench.payloads import Payload, payloads
 from bench.report import Point, Row, medians, plot, table
-from bench.subject import Subject, serving, started
+from bench.subject import Subject, memory_mib, serving, started
 from serving.cpus import available_cpus
 
 CONNECTIONS = (1, 16, 64)
@@ -104,10 +104,12 @@ def _footprint(model_dir: Path, payload: Payload) -> str:
         loaded, one = subject.memory_mib("Rss"), subject.memory_mib("Pss")
     with serving(model_dir, "--workers=2") as subject:
         load.wrk(subject.url, payload, 16, LOADED_SECONDS)
-        two = subject.memory_mib("Pss")
+        supervisor, *workers = (memory_mib(process_id, "Pss") for process_id in subject.process_ids)
+    two = sum(workers)
     return (
         f"ready {ready_seconds:.2f} s after exec; RSS {fresh:.0f} MiB, {loaded:.0f} after {LOADED_SECONDS:.0f} s of "
-        f"load; PSS of two workers and their supervisor {two:.0f} MiB, {two / one:.2f} of one's {one:.0f}"
+        f"load; PSS of two workers {two:.0f} MiB, {two / one:.2f} of one's {one:.0f}, and {supervisor:.0f} of their "
+        "supervisor"
     )
 
 

@@ -39,29 +39,24 @@ class Classifier(Predictor):
         )
         self.takes_every_core = self.engine.device == "cpu"
         try:
-            self.card = ModelCard.from_properties(self.engine.metadata)
+            self.card = card = ModelCard.from_properties(self.engine.metadata)
         except (KeyError, ValueError) as error:
             raise ModelDamaged(
                 f"{self.model_dir} lacks the metadata that `python -m model_export` writes ({error}); export it again, "
                 "or name the class of another kind of model with --predictor"
             ) from error
-        self.warning = self.card.warning
+        self.warning = card.warning
         self.properties = {
-            "architecture": self.card.architecture,
-            "weights": self.card.weights,
-            "precision": self.card.precision,
+            "architecture": card.architecture,
+            "weights": card.weights,
+            "precision": card.precision,
             "device": self.engine.device,
         }
         self.preprocessing = image.Preprocessing(
-            self.card.resize_pixels,
-            self.card.crop_pixels,
-            self.card.interpolation,
-            self.card.mean,
-            self.card.std,
-            self.settings.fast_decode,
+            card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std, self.settings.fast_decode
         )
-        self.row_shape = (3, self.card.crop_pixels, self.card.crop_pixels)
-        self.labels = np.array([label.encode() for label in self.card.labels], object)
+        self.row_shape = (3, card.crop_pixels, card.crop_pixels)
+        self.labels = np.array([label.encode() for label in card.labels], object)
         top = min(TOP, len(self.labels))
         self.outputs = (
             TensorSpec(DEFAULT_OUTPUT, "FP32", (-1, top)),

@@ -89,7 +89,8 @@ def _rgb(picture: Image.Image) -> Image.Image:
         picture = Image.fromarray(high_byte.astype(np.uint8))
     elif picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes):
         picture = picture.convert("RGBA")  # the same colours; Pillow warns on the direct way
-    return picture.convert("RGB")
+    picture.load()
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it, 0.1 ms of 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,12 +195,11 @@ async def _next(context: Context) -> bytes | None:
 
 
 async def _end(call: _Call, status: Status, context: Context) -> bytes:
-    """What it returns nobody is sent; the call may be over already, as grpc ends one of too long a message itself."""
+    """It returns, what nobody is sent, where grpc has ended the call itself, as it does with too long a message."""
+    call.status = status.code
     context.set_trailing_metadata((*context.trailing_metadata(), *status.trailers))
     with suppress(grpc.aio.InternalError):
-        call.status = status.code
         await context.abort(status.code, status.text)
-    call.status = grpc.StatusCode.CANCELLED
     return b""
 
 
