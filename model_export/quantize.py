@@ -110,7 +110,27 @@ def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
             )
         finally:
             logging.disable(logging.NOTSET)
-        return onnx_ir.from_proto(onnx.load(quantized))
+        return as_multiplied(onnx_ir.from_proto(onnx.load(quantized)))
+
+
+def as_multiplied(model: onnx_ir.Model) -> onnx_ir.Model:
+    """The same, with the 8-bit matrices of its linear layers stored as they are multiplied with, not transposed.
+
+    ONNX Runtime would transpose them at each load, in memory that it keeps: 36 MiB of AlexNet (measured).
+    """
+    for node in model.graph:
+        if node.op_type != "Gemm" or not node.attributes.get_int("transB", 0):
+            continue
+        matrix = node.inputs[1]
+        scale = matrix.producer() if matrix else None
+        stored = scale.inputs[0] if scale else None
+        if not matrix or not scale or not stored or not stored.const_value or len(matrix.uses()) > 1:
+            continue
+        turned = np.ascontiguousarray(stored.const_value.numpy().T)
+        stored.const_value, stored.shape = onnx_ir.tensor(turned, name=stored.name), onnx_ir.Shape(turned.shape)
+        scale.attributes["axis"] = onnx_ir.AttrInt64("axis", 1)
+        node.attributes["transB"] = onnx_ir.AttrInt64("transB", 0)
+    return model
 
 
 def error(exact: Path, made: Path, pictures: Sequence[bytes]) -> dict[str, Any]:

@@ -93,6 +93,15 @@ def test_an_int8_answer_is_the_same_to_the_bit_in_any_company(in_precision: Call
     assert together == alone
 
 
+def test_the_matrices_of_an_int8_model_are_stored_as_they_are_multiplied_with(
+    in_precision: Callable[[str], Path],
+) -> None:
+    graph = onnx_ir.load(in_precision("int8") / MODEL_FILE).graph
+
+    assert [node.attributes.get_int("transB") for node in graph if node.op_type == "Gemm"] == [0, 0, 0]
+    assert graph.initializers["classifier.1.weight_quantized"].shape == (9216, 4096)
+
+
 def test_pictures_of_ones_own_set_the_ranges(tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(CAT)
     (tmp_path / "bus.jpg").write_bytes(MODES["JPEG"])
