@@ -19,3 +19,8 @@ def share_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: None)
     for name, value in (POOLS, LARGEST_KEPT_BYTES, MOST_KEPT_BYTES):
         mallopt(name, value)
+
+
+def return_memory() -> None:
+    """To the kernel, what is free: after work that needed more than what comes after it. Without effect likewise."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda kept: None)(0)

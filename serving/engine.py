@@ -12,6 +12,7 @@ from typing import Any
 import onnxruntime
 from numpy.typing import NDArray
 
+from serving.allocator import return_memory
 from serving.cpus import available_cpus
 from serving.errors import DeviceMissing, ModelDamaged, ModelMissing, one_line
 from serving.shared_weights import shared_model
@@ -50,12 +51,11 @@ class Engine:
         shared = shared_model(file, prepare) if providers == [CPU] else None
         if shared:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            # ONNX Runtime's own pool keeps what loading takes for a moment: 36 MiB of int8 AlexNet, in each worker.
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         try:
             self._session = onnxruntime.InferenceSession(str(shared or file), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no class in common
             raise ModelDamaged(f"{file} cannot be loaded ({one_line(error)}); export the model again") from error
+        return_memory()
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"
         if device == "cuda" and self.device != "cuda":
             raise DeviceMissing(NO_CUDA.format("it did not start, see the driver and the CUDA libraries"))

@@ -21,8 +21,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return json_response({"models": repository.names})
 
     async def ready(request: HttpRequest) -> HttpResponse:
-        name = request.path_params["model"]
-        repository.check_ready(name)
+        repository.check_ready(name := request.path_params["model"])
         return json_response({"name": name, "ready": True})
 
     async def index(request: HttpRequest) -> HttpResponse:
@@ -36,13 +35,11 @@ def routes(dataplane: DataPlane) -> list[Route]:
         )
 
     async def load(request: HttpRequest) -> HttpResponse:
-        name = request.path_params["model"]
-        await repository.load(name)
+        await repository.load(name := request.path_params["model"])
         return json_response({"name": name, "load": True})
 
     async def unload(request: HttpRequest) -> HttpResponse:
-        name = request.path_params["model"]
-        await repository.unload(name)
+        await repository.unload(name := request.path_params["model"])
         return json_response({"name": name, "unload": True})
 
     return [
