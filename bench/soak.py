@@ -42,7 +42,7 @@ def main() -> None:
 
 def summary(samples: Sequence[Sample]) -> str:
     half = len(samples) // 2
-    early, late = (max(one.rss_mib for one in part) for part in (samples[:half], samples[half:]))
+    early, late = (max(one.rss_mib for one in part) for part in (samples[: half or 1], samples[half:]))
     requests, failed = sum(one.result.requests for one in samples), sum(one.result.failed for one in samples)
     first, last = samples[0], samples[-1]
     return (

@@ -70,3 +70,9 @@ def test_memory_that_grows_shows_in_the_second_half_of_a_soak(tmp_path: Path) ->
     assert "at most 304 in the first half and 320 in the second" in text
     soak.plot(samples, tmp_path / "soak.png")
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_soak_of_one_slice_is_summed_up_as_well() -> None:
+    text = soak.summary([Sample(10.0, 300.0, 20, load.Result(50.0, 10.0, 20.0, 100, 0))])
+
+    assert "at most 300 in the first half and 300 in the second" in text
