@@ -33,6 +33,22 @@ libc.malloc_info(0, ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w")))
 libc.fflush(None)
 """
 
+FREED = """
+import os
+from serving.allocator import return_memory, share_memory
+from bench.subject import memory_mib
+
+def rss_mib():
+    return memory_mib(os.getpid(), "Rss")
+
+share_memory()
+blocks = [b"x" * 1_000_000 for _ in range(50)]
+del blocks
+kept = rss_mib()
+return_memory()
+print(kept - rss_mib())
+"""
+
 
 @pytest.mark.parametrize(("memory", "pools"), [("shared", 1), ("default", 5)])
 def test_all_threads_have_one_pool_instead_of_one_each(memory: str, pools: int) -> None:
@@ -40,3 +56,9 @@ def test_all_threads_have_one_pool_instead_of_one_each(memory: str, pools: int) 
     described = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
 
     assert described.count("<heap nr=") == pools
+
+
+def test_what_is_kept_for_later_can_be_returned_at_once() -> None:
+    returned = subprocess.run([sys.executable, "-c", FREED], cwd=PROJECT, capture_output=True, text=True, check=True)
+
+    assert float(returned.stdout) > 30
