@@ -195,7 +195,7 @@ async def _next(context: Context) -> bytes | None:
 
 
 async def _end(call: _Call, status: Status, context: Context) -> bytes:
-    """It returns, what nobody is sent, where grpc has ended the call itself, as it does with too long a message."""
+    """Returns only where grpc has ended the call itself, as it does with too long a message: nobody is sent that."""
     call.status = status.code
     context.set_trailing_metadata((*context.trailing_metadata(), *status.trailers))
     with suppress(grpc.aio.InternalError):
