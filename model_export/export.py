@@ -65,8 +65,23 @@ def convert(source: Source, card: ModelCard) -> onnx_ir.Model:
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    model: onnx_ir.Model = program.model
+    model = without_idle_pools(program.model)
     model.metadata_props.update(card.to_properties())
+    return model
+
+
+def without_idle_pools(model: onnx_ir.Model) -> onnx_ir.Model:
+    """The same without average pools of one value each, which AlexNet's and VGG's are at the crop of their weights.
+
+    In 8 bits ONNX Runtime takes 3 % of AlexNet's time for its own, on one core (measured).
+    """
+    for node in model.graph:
+        if node.op_type != "AveragePool" or not (values := node.inputs[0]):
+            continue
+        kernel, strides = (node.attributes.get_ints(name, ()) for name in ("kernel_shape", "strides"))
+        if {*kernel, *strides} == {1}:  # such a pool cannot be padded: ONNX Runtime refuses it
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], values)
+            model.graph.remove(node)
     return model
 
 

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx.parser
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
 from model_export.errors import Mismatch
+from model_export.export import convert, make_card, without_idle_pools, write
 from model_export.source import Source, load_source
 from model_export.verify import verify
 from model_export.vision import torchvision
@@ -88,6 +92,32 @@ def test_another_architecture_is_exported_and_served_with_its_own_preset(tmp_pat
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "kept"),
+    [
+        ("kernel_shape = [1, 1]", False),
+        ("kernel_shape = [1, 1], strides = [1, 1], pads = [0, 0, 0, 0]", False),
+        ("kernel_shape = [2, 1]", True),
+        ("kernel_shape = [1, 1], strides = [2, 2]", True),
+    ],
+)
+def test_an_average_pool_is_left_out_where_each_value_is_its_own_average(attributes: str, kept: bool) -> None:
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 20]>
+        g (float[rows, 3, 4, 4] pixels) => (float[rows, 3, h, w] logits) {{
+            pooled = AveragePool <{attributes}> (pixels)
+            logits = Relu (pooled)
+        }}""")
+    pixels = np.arange(-48, 48, dtype=np.float32).reshape(2, 3, 4, 4)
+
+    made = onnx_ir.to_proto(without_idle_pools(onnx_ir.from_proto(model)))
+
+    assert [node.op_type for node in made.graph.node] == (["AveragePool", "Relu"] if kept else ["Relu"])
+    expected, found = (
+        onnxruntime.InferenceSession(one.SerializeToString()).run(None, {"pixels": pixels})[0] for one in (model, made)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_state_dict_is_exported_as_a_file_of_trained_weights(tmp_path: Path) -> None:
     file = tmp_path / "mine.pth"
     torch.save(load_source("squeezenet1_1", "seeded:3").model.state_dict(), file)
@@ -131,8 +161,6 @@ def test_a_model_that_answers_something_else_is_refused(model_dir: Path, tmp_pat
 
 
 def test_a_failed_verification_leaves_nothing(tmp_path: Path, original: Source) -> None:
-    from model_export.export import convert, make_card, write
-
     card = make_card(original)
 
     def refuse(directory: Path) -> None:
