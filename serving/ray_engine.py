@@ -87,8 +87,7 @@ class RayModel(Model):
             self._description = self._handle.describe.remote().result(timeout_s=ANSWER_SECONDS)
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineMissing(f"Ray Serve cannot run {self.name}: {one_line(error)}") from error
-        self._deployed = True
-        self._ready = True
+        self._ready = self._deployed = True
 
     def unload(self) -> None:
         self._ready = self._deployed = False

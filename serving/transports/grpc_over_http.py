@@ -42,6 +42,7 @@ class GrpcOverHttp:
         self._bodies = bodies
         self._credentials = credentials
         self._settings = settings
+        self._limit = settings.grpc_max_receive_message_length
         self._methods: dict[str, Stream] = {}
         for service in services:
             for name in service.names:
@@ -148,10 +149,6 @@ class GrpcOverHttp:
         del buffer[:end]
         self._bodies.give_back(end)
         return bool(compressed), message
-
-    @property
-    def _limit(self) -> int:
-        return self._settings.grpc_max_receive_message_length
 
 
 def _as_stream(method: Unary) -> Stream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from betterproto2 import which_one_of
+
 from proto.generated import inference as pb
 from proto.wire import MOST_FIELDS
 from serving import NAME, __version__
@@ -160,14 +162,8 @@ def _raw(tensor: pb.ModelInferRequestInferInputTensor, raw: bytes) -> Tensor:
 
 
 def _requested(output: pb.ModelInferRequestInferRequestedOutputTensor) -> RequestedOutput:
-    return RequestedOutput(output.name, {name: _value(parameter) for name, parameter in output.parameters.items()})
-
-
-def _value(parameter: pb.InferParameter) -> bool | int | str | None:
-    return next(
-        (value for value in (parameter.bool_param, parameter.int64_param, parameter.string_param) if value is not None),
-        None,
-    )
+    values = {name: which_one_of(parameter, "parameter_choice")[1] for name, parameter in output.parameters.items()}
+    return RequestedOutput(output.name, values)
 
 
 def _specification(spec: TensorSpec) -> pb.ModelMetadataResponseTensorMetadata:
