@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 from bench.payloads import picture
-from serving.allocator import share_memory
 from serving.classifier import Classifier
 from serving.cpus import available_cpus
+from serving.memory import share_memory
 from serving.predictor import Request
 from serving.settings import Settings
 from serving.tensors import tensor_of_values

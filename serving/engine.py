@@ -12,9 +12,9 @@ from typing import Any
 import onnxruntime
 from numpy.typing import NDArray
 
-from serving.allocator import return_memory
 from serving.cpus import available_cpus
 from serving.errors import DeviceMissing, ModelDamaged, ModelMissing, one_line
+from serving.memory import return_memory
 from serving.shared_weights import shared_model
 
 logger = logging.getLogger(__name__)

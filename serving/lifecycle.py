@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from serving import STOP_SIGNALS
-from serving.allocator import share_memory
 from serving.cpus import available_cpus
 from serving.credentials import Credentials
 from serving.dataplane import DataPlane
 from serving.errors import BadSetting, DrainCut, EngineLost
 from serving.local_model import Shared
+from serving.memory import share_memory
 from serving.metrics import Metrics
 from serving.models import load, make_models
 from serving.repository import Repository
@@ -154,10 +154,8 @@ def _report(supervisor: socket.socket, stop: asyncio.Event) -> None:
 def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:
     if not settings.enable_grpc:
         return []
-    services: list[Service] = [InferenceService(dataplane), HealthService(dataplane)]
-    if settings.enable_grpc_reflection:
-        services.append(ReflectionService())
-    return services
+    reflection = [ReflectionService()] if settings.enable_grpc_reflection else []
+    return [InferenceService(dataplane), HealthService(dataplane), *reflection]
 
 
 def loop_factory(event_loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:

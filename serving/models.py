@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serving.errors import BadSetting, PredictorBroken, StartError, one_line
 from serving.local_model import LocalModel, Shared
+from serving.memory import collect_for_good
 from serving.model import Model
 from serving.predictor import Predictor
 from serving.settings import DEFAULT_PREDICTOR, Settings
@@ -46,6 +47,7 @@ def load(models: Sequence[Model], every: bool = False) -> None:
             failures[model.name] = error
     if len(failures) == len(models) or (every and failures):
         raise next(iter(failures.values()))
+    collect_for_good()
     for name, failure in failures.items():
         logger.error("%s is NOT SERVED, the others are: %s", name, failure)
 
@@ -53,8 +55,9 @@ def load(models: Sequence[Model], every: bool = False) -> None:
 def _places(settings: Settings) -> dict[str, Path | None]:
     """Where each model lies."""
     if not settings.model:
-        place = _model_dir(settings)
-        return dict(_models_in(place)) if place and _models_in(place) else {settings.model_name: place}
+        found = (place for place in MODEL_PLACES if place.exists())
+        place = settings.model_dir or model_of(settings) or next(found, None)
+        return {**_models_in(place)} or {settings.model_name: place}
     places: dict[str, Path | None] = {}
     for text in settings.model:
         name, _, directory = text.partition("=")
@@ -64,16 +67,11 @@ def _places(settings: Settings) -> dict[str, Path | None]:
     return places
 
 
-def _models_in(place: Path) -> dict[str, Path]:
+def _models_in(place: Path | None) -> dict[str, Path]:
     """Of a directory with nothing but directories, those that hold an exported model."""
-    if not place.is_dir() or not all(entry.is_dir() for entry in place.iterdir()):
+    if not place or not place.is_dir() or not all(entry.is_dir() for entry in place.iterdir()):
         return {}
     return {entry.name: entry for entry in sorted(place.iterdir()) if any(entry.glob("*.onnx"))}
-
-
-def _model_dir(settings: Settings) -> Path | None:
-    found = (place for place in MODEL_PLACES if place.exists())
-    return settings.model_dir or model_of(settings) or next(found, None)
 
 
 def _predictors(texts: Sequence[str], places: Mapping[str, Path | None]) -> dict[str, type[Predictor]]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from serving.errors import LoadFailed, ModelNotFound, ModelNotReady, NotSupported, Overloaded, StartError
+from serving.memory import collect_for_good
 from serving.metrics import Metrics
 from serving.model import Model
 
@@ -110,7 +111,7 @@ class Repository:
         if self._changes >= MOST_CHANGES:
             raise Overloaded("loads and unloads")
         self._changes += 1
-        work = asyncio.get_running_loop().run_in_executor(self._loader, change, model)
+        work = asyncio.get_running_loop().run_in_executor(self._loader, _changed, model, change)
         work.add_done_callback(partial(self._done, model))
         try:
             await asyncio.shield(work)
@@ -136,3 +137,8 @@ class Repository:
     def _announce(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+def _changed(model: Model, change: Callable[[Model], None]) -> None:
+    change(model)
+    collect_for_good()

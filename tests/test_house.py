@@ -49,7 +49,7 @@ FLOORS = {
     "serving.storage": 2,
     "serving.sockets": 1,
     "proto": 1,
-    "serving.allocator": 0,
+    "serving.memory": 0,
     "serving": 0,
 }
 # On one floor, these few lean on a neighbour.

@@ -23,6 +23,7 @@ from tests.servers import Server, gated, running
 ENABLED = "--enable_model_repository=true"
 FROM_FILE = "--predictor=tests.predictors:FromFile"
 MIB = 1024 * 1024
+FEW_OBJECTS = 10_000  # a server imports 50,000
 
 
 class Client:
@@ -82,6 +83,12 @@ def from_file(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def knotted(tmp_path: Path) -> Iterator[Server]:
+    with running(ENABLED, "--predictor=tests.predictors:Knotted", f"--model_dir={tmp_path}") as server:
+        yield server
+
+
 def memory_bytes(server: Server) -> int:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
@@ -123,6 +130,25 @@ def test_an_unloaded_model_is_not_ready_and_its_memory_is_free(
     assert client.load() == {"name": "custom-model", "load": True}
     assert ready(alexnet) == (200, 200, 200)
     assert alexnet.predict(v1_request(CAT)).json() == before
+
+
+def test_an_unloaded_model_is_freed_even_if_it_refers_to_itself(
+    knotted: Server, google: ModuleType, tmp_path: Path
+) -> None:
+    assert not (tmp_path / "freed").exists()
+
+    Client(knotted, google, "REST").unload()
+
+    assert (tmp_path / "freed").exists()
+
+
+def test_what_was_loaded_is_not_looked_through_for_garbage_again(knotted: Server, google: ModuleType) -> None:
+    client = Client(knotted, google, "REST")
+    assert predicted(knotted)[0] < FEW_OBJECTS
+
+    client.unload()
+    client.load()
+    assert predicted(knotted)[0] < FEW_OBJECTS
 
 
 def test_an_unloaded_model_is_unavailable_over_grpc(from_file: Server, google: ModuleType) -> None:

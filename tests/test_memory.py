@@ -1,4 +1,4 @@
-"""serving/allocator.py: what the C library says of its pools, in a process of its own."""
+"""serving/memory.py: what the C library says of its pools, in a process of its own. See test_repository as well."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.servers import PROJECT
 
 THREADS_AT_WORK = """
 import ctypes, sys, threading
-from serving.allocator import share_memory
+from serving.memory import share_memory
 
 if sys.argv[1] == "shared":
     share_memory()
@@ -35,7 +35,7 @@ libc.fflush(None)
 
 FREED = """
 import os
-from serving.allocator import return_memory, share_memory
+from serving.memory import return_memory, share_memory
 from bench.subject import memory_mib
 
 def rss_mib():
