@@ -16,9 +16,9 @@ class ServingError(Exception):
     `retry` says whether the same request may succeed later: after `retry_after_seconds`, by what is known then.
     """
 
-    http_status: ClassVar[int]
-    grpc_status: ClassVar[str]
-    outcome: ClassVar[str] = "invalid"
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[str] = "INTERNAL"
+    outcome: ClassVar[str] = "failed"
     retry: ClassVar[bool] = False
     retry_after_seconds: float = 1.0
 
@@ -34,40 +34,40 @@ class ServingError(Exception):
         return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
 
 
-class InvalidInput(ServingError, http_status=400, grpc_status="INVALID_ARGUMENT"):
+class InvalidInput(ServingError, http_status=400, grpc_status="INVALID_ARGUMENT", outcome="invalid"):
     """The request cannot be answered as it is. Raised by transports, tensors, image and predictors."""
 
 
-class Unauthenticated(ServingError, http_status=401, grpc_status="UNAUTHENTICATED"):
+class Unauthenticated(ServingError, http_status=401, grpc_status="UNAUTHENTICATED", outcome="invalid"):
     """The client has not shown what lets it in. Raised by credentials."""
 
 
-class ModelNotFound(ServingError, http_status=404, grpc_status="NOT_FOUND"):
+class ModelNotFound(ServingError, http_status=404, grpc_status="NOT_FOUND", outcome="invalid"):
     """No model of that name is served. Raised by repository."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Model with name {name} does not exist.")
 
 
-class TooLarge(ServingError, http_status=413, grpc_status="RESOURCE_EXHAUSTED"):
+class TooLarge(ServingError, http_status=413, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
     """A limit on sizes is exceeded; the text names the limit. Raised by whoever counts."""
 
 
-class TooSlow(ServingError, http_status=408, grpc_status="DEADLINE_EXCEEDED"):
+class TooSlow(ServingError, http_status=408, grpc_status="DEADLINE_EXCEEDED", outcome="invalid"):
     """The body, or message, did not come to its end in time. Raised by rest_guard and both gRPC servers."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"the request did not come within read_timeout_seconds ({seconds})")
 
 
-class HeadersTooLarge(ServingError, http_status=431, grpc_status="RESOURCE_EXHAUSTED"):
+class HeadersTooLarge(ServingError, http_status=431, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
     """The request line and its headers are more than is read. Raised by rest_guard."""
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__(f"the request line and headers exceed {most_bytes} bytes")
 
 
-class UnsupportedMediaType(ServingError, http_status=415, grpc_status="INVALID_ARGUMENT"):
+class UnsupportedMediaType(ServingError, http_status=415, grpc_status="INVALID_ARGUMENT", outcome="invalid"):
     """The body's content type or encoding is not one that is read. Raised by the REST transports."""
 
 
@@ -85,7 +85,7 @@ class InternalError(ServingError, http_status=500, grpc_status="INTERNAL", outco
         super().__init__("Internal server error")
 
 
-class NotSupported(ServingError, http_status=501, grpc_status="UNIMPLEMENTED"):
+class NotSupported(ServingError, http_status=501, grpc_status="UNIMPLEMENTED", outcome="invalid"):
     """Part of the protocol that this server, or this model, does not have. Raised by transports."""
 
 

@@ -15,7 +15,7 @@ from serving.errors import InternalError, ServingError, StartError
 from tests.conftest import grpc_call
 from tests.servers import Server, running
 
-TABLE = ServingError.__subclasses__()
+TABLE = [ServingError, *ServingError.__subclasses__()]
 PYTHONS_OWN = ["RuntimeError", "KeyError", "StopIteration", "MemoryError", "AssertionError"]
 
 
