@@ -207,7 +207,7 @@ class Settings:
     )
     max_connections: int = _setting(
         1000, "most connections to each port; for one more on the HTTP port, that which is idle longest is closed",
-        _positive,
+        _between(1, 1_000_000),
     )  # fmt: skip
     max_body_bytes: int = _setting(8 * MIB, "largest REST body; a larger one is answered 413", _positive)
     grpc_max_receive_message_length: int = _setting(
@@ -239,7 +239,7 @@ class Settings:
     )  # fmt: skip
     timeout_keep_alive: int = _setting(
         65, "seconds that an idle connection stays open; keep it above the idle timeout of the proxy in front",
-        _positive,
+        _between(1, 1_000_000),
     )  # fmt: skip
     grace_period_seconds: int = _setting(
         25, "seconds that a stopping server has to answer what it accepted; keep it below Kubernetes' 30", _positive

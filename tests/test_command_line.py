@@ -217,6 +217,7 @@ def test_the_model_dir_is_a_path() -> None:
             {},
             "--engine=ray needs --workers=1: its replicas are the workers, see --num_replicas",
         ),
+        (["--max_connections=1000001"], {}, "--max_connections must lie between 1 and 1000000, not 1000001"),
         (["--max_instances=0"], {}, "--max_instances must lie between 1 and 2147483647, not 0"),
         (
             ["--workers=2", "--enable_model_repository=true"],
