@@ -15,6 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,6 +88,10 @@ class Batcher:
             self._threads.look()
         try:
             answer: T = await asked.answer
+        except asyncio.CancelledError:
+            with self._threads.lock, suppress(ValueError):
+                self._asked.remove(asked)  # or its body would be held until its turn
+            raise
         finally:
             with self._threads.lock:
                 was_queued = asked.is_queued

@@ -68,7 +68,7 @@ class DataPlane:
 
                 def counted_decode() -> Request:
                     request = decode()
-                    ticket.rows = request.rows
+                    ticket.rows = request.rows_for(model.described.inputs)
                     return request
 
                 async with asyncio.timeout(seconds):

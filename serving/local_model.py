@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable, Set
@@ -10,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 from serving.admission import check_instances
 from serving.batching import Batcher
@@ -83,14 +86,15 @@ class LocalModel(Model):
         """The threads are not the model's own."""
 
     def _load(self) -> Predictor:
-        if self._model_dir and not self._model_dir.exists():
-            raise ModelMissing(f"{self._model_dir}, where {self.name} should be, does not exist: see --model_dir")
+        if self._model_dir and not os.access(self._model_dir, os.R_OK):
+            problem = "may not be read" if os.access(self._model_dir, os.F_OK) else "does not exist"
+            raise ModelMissing(f"{self._model_dir}, where {self.name} should be, {problem}: see --model_dir")
         try:
             predictor = self._class(self._settings, self._model_dir)
             predictor.load()
         except StartError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PredictorBroken(
                 f"{self._class.__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
             ) from error
@@ -105,17 +109,18 @@ class LocalModel(Model):
             predictor = self._loaded
             if predictor is None:
                 raise ModelNotReady(self.name)
-            if request.rows == 0:
+            if not (asked := request.rows_for(predictor.inputs)):
                 raise InvalidInput("the request has no instances")
-            check_instances(request.rows, self._settings)
+            check_instances(asked, self._settings)
             if predictor.outputs:
                 _check_outputs(request, {spec.name for spec in predictor.outputs})
             request = replace(request, id=request.id or str(uuid.uuid4()))
             with latency.of("preprocess", self.name):
-                rows = predictor.preprocess(request)
+                rows = {name: np.asarray(array) for name, array in predictor.preprocess(request).items()}
             sizes = {len(array) for array in rows.values()}
-            if len(sizes) != 1:
-                raise ValueError(f"preprocess must give arrays with as many rows in each, and gave {sizes or 'none'}")
+            if len(sizes) != 1 or 0 in sizes:
+                gave = f"with as many rows in each, one at least, and gave {sizes or 'none'}"
+                raise ValueError(f"preprocess must give arrays {gave}")
             return Prepared(predictor, request, rows)
 
     def _answer(self, encode: Callable[[Response], T], latency: Latency, prepared: Prepared, predicted: Predicted) -> T:
@@ -126,7 +131,7 @@ class LocalModel(Model):
                 response = prepared.predictor.postprocess(predicted.rows, request)
             outputs = {tensor.name: tensor for tensor in response.outputs}
             _check_outputs(request, outputs.keys())
-            chosen = [outputs[output.name] for output in request.outputs] or response.outputs
+            chosen = [outputs[output.name] for output in request.outputs] or list(outputs.values())
             return encode(replace(response, outputs=chosen, model_name=self.name, id=request.id))
 
 

@@ -118,7 +118,7 @@ def configure_logging(settings: Settings, environment: Mapping[str, str]) -> Non
     file = settings.log_config_file
     try:
         if file is None:
-            colours = sys.stderr.isatty() and not environment.get("NO_COLOR")
+            colours = bool(sys.stderr and sys.stderr.isatty()) and not environment.get("NO_COLOR")
             configure(_default_configuration(level, settings.log_format, colours))
         elif file.suffix == ".json":
             configure(json.loads(file.read_text()))

@@ -69,9 +69,12 @@ def _places(settings: Settings) -> dict[str, Path | None]:
 
 def _models_in(place: Path | None) -> dict[str, Path]:
     """Of a directory with nothing but directories, those that hold an exported model."""
-    if not place or not place.is_dir() or not all(entry.is_dir() for entry in place.iterdir()):
+    try:
+        if not place or not place.is_dir() or not all(entry.is_dir() for entry in place.iterdir()):
+            return {}
+        return {entry.name: entry for entry in sorted(place.iterdir()) if any(entry.glob("*.onnx"))}
+    except PermissionError:  # as its load will say
         return {}
-    return {entry.name: entry for entry in sorted(place.iterdir()) if any(entry.glob("*.onnx"))}
 
 
 def _predictors(texts: Sequence[str], places: Mapping[str, Path | None]) -> dict[str, type[Predictor]]:
@@ -86,7 +89,7 @@ def _predictor_class(path: str) -> type[Predictor]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PredictorBroken(
             f"--predictor={path} cannot be imported: {type(error).__name__}: {one_line(error)}"
         ) from error

@@ -47,9 +47,10 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     started_at: float = field(default_factory=time.perf_counter)
 
-    @property
-    def rows(self) -> int:
-        return self.instances or sum(tensor.rows for tensor in self.inputs)
+    def rows_for(self, inputs: Sequence[TensorSpec]) -> int:
+        """How many rows a model of these inputs gets; where they are several, each has all of the rows."""
+        rows = [tensor.rows for tensor in self.inputs]
+        return self.instances or (max(rows, default=0) if len(inputs) > 1 else sum(rows))
 
     @property
     def input(self) -> Tensor:

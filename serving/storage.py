@@ -73,7 +73,7 @@ def public(uri: str) -> str:
 
 
 def _existing(path: Path, named: str) -> Path:
-    if not path.exists():
+    if not os.access(path, os.F_OK):
         raise ModelMissing(f"--storage_uri={named} is not there")
     return path
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from serving import errors
 from serving.logs import configure
 from serving.predictor import Predictor, Request, Response, Rows
-from serving.tensors import Tensor
+from serving.tensors import Tensor, TensorSpec
 
 
 class Echo(Predictor):
@@ -90,6 +90,11 @@ class Unloadable(Echo):
         raise RuntimeError("no such table: weights")
 
 
+class EndingLoad(Echo):
+    def load(self) -> None:
+        sys.exit("no weights")
+
+
 class GatedLoad(Echo):
     """Loads for as long as nobody writes to the FIFO named gate."""
 
@@ -135,6 +140,18 @@ class ProcessId(FromFile):
         return {"rows": np.full(len(rows["rows"]), os.getpid())}
 
 
+class Forking(ProcessId):
+    """Has a process of its own, which outlives it and leaves its number as the name of a file in model_dir."""
+
+    def load(self) -> None:
+        super().load()
+        assert self.model_dir
+        if child := os.fork():
+            (self.model_dir / f"child-{child}").touch()
+        else:
+            signal.pause()
+
+
 class BatchSize(Echo):
     """Answers every row with how many ran together; one that begins with a slash is a FIFO to wait at, "fail" fails."""
 
@@ -175,6 +192,35 @@ class Deadly(Echo):
         if 0 in rows["rows"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return rows
+
+
+class Lists(BatchSize):
+    """Gives rows that are no array yet, and outputs that can be gone through once."""
+
+    def preprocess(self, request: Request) -> Rows:
+        return {"rows": request.input.array.tolist()}
+
+    def postprocess(self, predictions: Rows, request: Request) -> Response:
+        return Response(tensor for tensor in super().postprocess(predictions, request).outputs)  # type: ignore[arg-type]
+
+
+class Added(Echo):
+    """Of two inputs."""
+
+    inputs = (TensorSpec("one", "INT64", (-1,)), TensorSpec("other", "INT64", (-1,)))
+
+    def preprocess(self, request: Request) -> Rows:
+        return {tensor.name: tensor.array for tensor in request.inputs}
+
+    def predict(self, rows: Rows) -> Rows:
+        return {"rows": rows["one"] + rows["other"]}
+
+
+class NoRows(Echo):
+    """Loses them all."""
+
+    def preprocess(self, request: Request) -> Rows:
+        return {"rows": request.input.array[:0]}
 
 
 class TooFew(Echo):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import grpc
 import httpx
@@ -96,6 +97,17 @@ def test_rows_count_and_not_requests_alone(gate: Callable[[str], Path]) -> None:
             assert (refused.status_code, refused.json()) == (503, refusal("rows (max_queue_rows)"))
         assert answer.result().json() == {"predictions": [3, 3, 3]}
         assert server.predict('{"instances": ["c"]}').json() == {"predictions": [1]}
+
+
+def test_the_inputs_of_a_model_that_has_several_have_the_same_rows() -> None:
+    def asked(rows: int) -> Any:
+        inputs = [{"name": name, "datatype": "INT64", "shape": [rows], "data": [1] * rows} for name in ("one", "other")]
+        response = server.post("/v2/models/custom-model/infer", json.dumps({"inputs": inputs}))
+        return response.json().get("outputs", [{"data": response.status_code}])[0]["data"]
+
+    with running("--predictor=tests.predictors:Added", "--max_instances=3", "--max_queue_rows=3") as server:
+        assert asked(3) == [2, 2, 2]
+        assert asked(4) == 413
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +18,11 @@ from typing import Any
 import grpc
 import pytest
 
+from serving.batching import BATCHES_AHEAD, Batcher
+from serving.errors import InvalidInput
+from serving.metrics import Metrics
+from serving.runs import Prepared
+from serving.threads import Threads
 from tests.servers import Server, running
 from tests.test_grpc import image_request
 from tests.test_metrics import ended, value, wait_for
@@ -168,15 +178,62 @@ def test_a_run_that_takes_every_core_does_not_wait_long_for_those_being_decoded(
         assert slow.result() == [1]
 
 
-def test_a_predictor_that_loses_rows_is_found_out() -> None:
-    with running("--predictor=tests.predictors:TooFew") as server:
+def test_rows_that_are_lists_run_together_as_arrays_do(gate: Callable[[str], Path]) -> None:
+    with running("--predictor=tests.predictors:Lists") as server, busy(server, gate) as submit:
+        answers = [submit(number) for number in range(3)]
+
+    assert [answer.result() for answer in answers] == [[3]] * 3
+
+
+@pytest.mark.parametrize(
+    ("predictor", "problem"),
+    [
+        ("TooFew", "predict was given 2 rows and gave 1 of rows"),
+        ("NoRows", "preprocess must give arrays with as many rows in each, one at least, and gave {0}"),
+    ],
+)
+def test_a_predictor_that_loses_rows_is_found_out(predictor: str, problem: str) -> None:
+    with running(f"--predictor=tests.predictors:{predictor}") as server:
         assert sizes(server, 1, 2) == 500
         server.stop()
 
-    assert any("predict was given 2 rows and gave 1 of rows" in line for line in server.log)
+    assert any(problem in line for line in server.log)
 
 
 def test_a_predictor_that_wants_to_end_the_process_fails_its_request_alone() -> None:
     with running("--predictor=tests.predictors:Ending", "--max_asyncio_workers=2") as server:
         assert [sizes(server, where) for where in ("preprocess", "predict", "postprocess") * 3] == [500] * 9
         assert sizes(server, "nowhere") == ["nowhere"]
+
+
+async def test_what_a_client_sent_is_forgotten_when_it_leaves_though_the_model_is_busy() -> None:
+    threads, free = Threads(decoders=1), threading.Event()
+    batcher = Batcher(MODEL, threads, Metrics(), max_batch_size=1, max_batch_delay_ms=0)
+
+    def decode(body: Body) -> Prepared:
+        free.wait()
+        raise InvalidInput("that was long enough")
+
+    async def ask(body: Body) -> None:
+        await batcher.answered(partial(decode, body), lambda *_: None)
+
+    def leaving() -> tuple[asyncio.Task[None], weakref.ref[Body]]:
+        body = Body()
+        return asyncio.create_task(ask(body)), weakref.ref(body)
+
+    ahead = [asyncio.create_task(ask(Body())) for _ in range(BATCHES_AHEAD)]
+    behind, body = leaving()
+    await asyncio.sleep(0)  # a turn, in which all have asked
+    behind.cancel()
+    await asyncio.wait({behind})
+    del behind
+    gc.collect()
+    assert body() is None
+
+    free.set()
+    assert all(isinstance(end, InvalidInput) for end in await asyncio.gather(*ahead, return_exceptions=True))
+    threads.close()
+
+
+class Body:
+    """What a weak reference can be had of."""

@@ -171,6 +171,16 @@ def test_a_handler_that_never_returns_does_not_hold_up_the_end(tmp_path: Path, g
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_when_all_is_answered_changes_nothing(number: signal.Signals) -> None:
+    with running(ECHO) as server:
+        server.process.send_signal(number)
+        server.wait_for_line(re.compile("stopped$"))
+        assert server.stop(number) == 0
+
+    assert server.log[-1].endswith("stopped\n")
+
+
 def test_a_signal_while_the_model_loads_ends_at_once_with_exit_0(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "gate")
     command = [sys.executable, "app.py", "--predictor=tests.predictors:GatedLoad", f"--model_dir={tmp_path}"]
@@ -265,6 +275,7 @@ def test_a_port_in_use_ends_the_start_with_its_code_and_one_line(flag: str) -> N
         (["--predictor=no.such.module:Class"], 7, "app.py: --predictor=no.such.module:Class cannot be imported: Mod"),
         (["--predictor=tests.predictors:Absent"], 7, "app.py: --predictor=tests.predictors:Absent cannot be imported"),
         (["--predictor=json:JSONDecoder"], 7, "app.py: --predictor=json:JSONDecoder is no subclass of serving.predi"),
+        (["--predictor=tests.predictors:EndingLoad"], 7, "app.py: EndingLoad failed to load: SystemExit: no weights"),
         (["--predictor=tests.predictors:Unloadable"], 7, "app.py: Unloadable failed to load: RuntimeError: no such ta"),
     ],
 )
@@ -273,6 +284,28 @@ def test_a_start_that_cannot_succeed_ends_with_its_code_and_one_line(flags: list
 
     assert (ended, len(lines)) == (code, 1)
     assert lines[0].startswith(problem)
+
+
+@pytest.mark.parametrize("flag", ["--model_dir=", "--model=a=", "--storage_uri="])
+@pytest.mark.parametrize("path", ["locked", "locked/model.onnx"])
+def test_a_model_that_may_not_be_read_ends_the_start_with_its_code_and_one_line(
+    flag: str, path: str, tmp_path: Path
+) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    without_privileges = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [sys.executable, "app.py", "--http_port=0", "--grpc_port=0", f"{flag}{tmp_path}/{path}"]
+    command = [*without_privileges, *command]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
+    assert done.stderr.startswith("app.py: ")
+
+
+def test_a_start_without_standard_error_is_one_all_the_same() -> None:
+    command = f"exec {sys.executable} app.py --check --predictor=tests.predictors:Echo 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "custom-model: ready")
 
 
 def test_cuda_that_cannot_be_had_ends_the_start_with_its_code_and_one_line(model_dir: Path) -> None:
