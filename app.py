@@ -1,10 +1,13 @@
 """Serves a model over KServe's REST and gRPC protocols: `python app.py --help`."""
 
+import atexit
 import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 from serving import NAME, STOP_SIGNALS
 from serving.command_line import CHECK, parse_settings
@@ -31,19 +34,27 @@ def main() -> int:
         from serving import lifecycle
 
         lifecycle.run(settings)
+        atexit._run_exitfuncs()
+        _end(0)
     except StartError as error:
         sys.stderr.write(f"app.py: {error}\n")
-        if isinstance(error, DrainCut | EngineLost):  # a thread, or Ray, may never come back: do not wait for it
-            logging.shutdown()
-            os._exit(error.exit_code)
+        if isinstance(error, DrainCut | EngineLost):
+            _end(error.exit_code)
         return error.exit_code
-    return 0
 
 
 def _leave(signal_number: int, _: FrameType | None) -> None:
     logging.getLogger(NAME).info("%s before ready: stopped", signal.Signals(signal_number).name)
+    _end(0)  # SystemExit in the midst of an import may come out of it as an ImportError
+
+
+def _end(exit_code: int) -> NoReturn:
+    """At once: a thread, or Ray, may never come back."""
     logging.shutdown()
-    os._exit(0)  # SystemExit in the midst of an import may come out of it as an ImportError
+    if sys.stdout:
+        with suppress(OSError, RuntimeError):  # nobody reads it, or a signal has interrupted just that
+            sys.stdout.flush()
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":

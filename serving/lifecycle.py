@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from serving.models import load, make_models
 from serving.repository import Repository
 from serving.settings import Settings
 from serving.shared_weights import forget_shared_models
-from serving.sockets import Inherited, allow_descriptors, bind_http, inherited
+from serving.sockets import AT_ONCE, READY, STOP, Inherited, allow_descriptors, bind_http, inherited
 from serving.summary import summary
 from serving.threads import Threads
 from serving.transports.grpc_health import HealthService
@@ -73,8 +75,10 @@ async def _serve(
     http: HttpServer, dataplane: DataPlane, credentials: Credentials, settings: Settings, supervised: Inherited | None
 ) -> None:
     stop, at_once, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signalled = chain([stop], repeat(at_once))
     for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, lambda: (at_once if stop.is_set() else stop).set())
+        loop.add_signal_handler(number, lambda: next(signalled).set())
     services = _services(dataplane, settings)
     grpc = GrpcServer(services, credentials, settings, shared=supervised is not None) if services else None
     if grpc:
@@ -91,14 +95,14 @@ async def _serve(
     for line in summary(dataplane.repository, settings):
         logger.info(line)
     if supervised:
-        _report(supervised.supervisor, stop)
+        _report(supervised.supervisor, stop, at_once)
     async with asyncio.TaskGroup() as tasks:
         watch = tasks.create_task(_watch(dataplane.repository, stop))
         listeners = [tasks.create_task(http.serve(make_http_app(dataplane, services, credentials, settings), closing))]
         if grpc:
             listeners.append(tasks.create_task(grpc.serve(closing)))
         await stop.wait()
-        deadline = asyncio.get_running_loop().time() + settings.grace_period_seconds
+        deadline = loop.time() + settings.grace_period_seconds
         dataplane.repository.drain()
         http.drain()
         logger.info("stopping: %d requests to answer", dataplane.under_way)
@@ -106,10 +110,13 @@ async def _serve(
         await asyncio.wait({hurry}, timeout=settings.drain_delay_seconds)
         closing.set()
         ends: set[asyncio.Future[Any]] = {hurry, asyncio.gather(*listeners, return_exceptions=True)}
-        left_seconds = max(0.0, deadline - asyncio.get_running_loop().time())
+        left_seconds = max(0.0, deadline - loop.time())
         await asyncio.wait(ends, timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
         unanswered = dataplane.under_way  # counted before the cancellation counts them out
         await _cancel({*listeners, hurry, watch})
+    for number in STOP_SIGNALS:  # the exit code is settled
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     if unanswered:
         why = "at a second signal" if at_once.is_set() else "at the end of --grace_period_seconds"
         raise DrainCut(f"stopped {why} with {unanswered} requests unanswered")
@@ -137,18 +144,22 @@ async def _watch(repository: Repository, stop: asyncio.Event) -> EngineLost | No
     return lost
 
 
-def _report(supervisor: socket.socket, stop: asyncio.Event) -> None:
-    """Say that this worker is ready, and stop when nobody is left to hear it."""
+def _report(supervisor: socket.socket, stop: asyncio.Event, at_once: asyncio.Event) -> None:
+    """Say that this worker is ready, and do as it is told; stop as well when nobody is left to tell."""
     with suppress(BrokenPipeError):  # it is gone already, as is heard at once
-        supervisor.send(b"R")
+        supervisor.send(READY)
     loop = asyncio.get_running_loop()
 
-    def gone() -> None:
-        loop.remove_reader(supervisor)
-        forget_shared_models()
-        stop.set()
+    def told() -> None:
+        said = b""
+        with suppress(ConnectionResetError):
+            said = supervisor.recv(len(STOP))
+        (at_once if said == AT_ONCE else stop).set()
+        if not said:
+            loop.remove_reader(supervisor)
+            forget_shared_models()
 
-    loop.add_reader(supervisor, gone)
+    loop.add_reader(supervisor, told)
 
 
 def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:

@@ -13,6 +13,7 @@ from typing import Any
 from serving.errors import PortInUse
 
 VARIABLE = "SERVING_INHERITED_SOCKETS"
+READY, STOP, AT_ONCE = b"R", b"S", b"A"  # what is said on the line: the first by the worker, the others to it
 ANYWHERE = ("::", "0.0.0.0")  # noqa: S104 as --host="" says
 
 

@@ -26,7 +26,7 @@ from serving.errors import DrainCut, one_line
 from serving.metrics import MULTIPROCESS
 from serving.settings import Settings
 from serving.shared_weights import VARIABLE as SHARED_WEIGHTS
-from serving.sockets import VARIABLE, bind_http, reserve_grpc
+from serving.sockets import AT_ONCE, STOP, VARIABLE, bind_http, reserve_grpc
 from serving.storage import model_of
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Supervisor:
         self._shared = shared
         self._kill_after_seconds = grace_period_seconds + KILL_SECONDS
         self._stop = asyncio.Event()
-        self._workers: set[asyncio.subprocess.Process] = set()
+        self._workers: dict[asyncio.subprocess.Process, socket.socket] = {}
 
     async def run(self, workers: int) -> int:
         for number in STOP_SIGNALS:
@@ -92,11 +92,9 @@ class Supervisor:
         return next((task.result() for task in kept if task.result()), 0)
 
     def _signalled(self) -> None:
-        """The second signal is for the workers as it is for us: they stop at once."""
         if self._stop.is_set():
-            for process in self._workers:
-                with suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
+            for process, line in self._workers.items():
+                _tell(process, line, AT_ONCE)
         self._stop.set()
 
     async def _keep(self, number: int) -> int:
@@ -127,13 +125,13 @@ class Supervisor:
     async def _one(self) -> tuple[int, bool]:
         """One worker's exit code, and whether it was ready before. Raises OSError."""
         process, line = await self._start()
-        ready = asyncio.create_task(_hear(line))
-        self._workers.add(process)
-        code = await self._until_it_ends(process)
-        self._workers.discard(process)
-        # Its counts stay in the metrics; what it had under way does not.
-        mark_process_dead(process.pid, self._shared[MULTIPROCESS])  # type: ignore[no-untyped-call]
-        return code, await ready
+        with line:
+            self._workers[process] = line
+            code = await self._until_it_ends(process, line)
+            del self._workers[process]
+            # Its counts stay in the metrics; what it had under way does not.
+            mark_process_dead(process.pid, self._shared[MULTIPROCESS])  # type: ignore[no-untyped-call]
+            return code, _is_ready(line)
 
     async def _start(self) -> tuple[asyncio.subprocess.Process, socket.socket]:
         """A worker and the line to it, on which it says when it is ready. Raises OSError."""
@@ -153,7 +151,7 @@ class Supervisor:
         ours.setblocking(False)
         return process, ours
 
-    async def _until_it_ends(self, process: asyncio.subprocess.Process) -> int:
+    async def _until_it_ends(self, process: asyncio.subprocess.Process, line: socket.socket) -> int:
         """Its exit code, as a shell has it; stopped when the supervisor is, and killed if it does not stop."""
         ended, stopped = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
         await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -161,7 +159,7 @@ class Supervisor:
         if not ended.done():
             for listener in self._http:
                 listener.close()
-            process.send_signal(signal.SIGTERM)
+            _tell(process, line, STOP)
             try:
                 await asyncio.wait_for(asyncio.shield(ended), self._kill_after_seconds)
             except TimeoutError:
@@ -175,10 +173,20 @@ class Supervisor:
         return 128 - code if code < 0 else code
 
 
-async def _hear(line: socket.socket) -> bool:
-    """Whether the worker has said that it is ready, before it ended."""
-    with line:
-        said = await asyncio.get_running_loop().sock_recv(line, 1)
-        if said:
-            await asyncio.get_running_loop().sock_recv(line, 1)  # the line must stay open as long as the worker lives
-    return bool(said)
+def _tell(process: asyncio.subprocess.Process, line: socket.socket, what: bytes) -> None:
+    """By its line, once it is ready: whoever stops the supervisor may signal the workers as well, as systemd does.
+
+    A signal from here would be the second one then, and cut what is to be answered.
+    """
+    with suppress(OSError):  # it has just ended
+        if _is_ready(line):
+            line.send(what)
+        else:
+            process.send_signal(signal.SIGTERM)
+
+
+def _is_ready(line: socket.socket) -> bool:
+    """Whether the worker has said so."""
+    with suppress(OSError):  # it has not; what it has started may hold the line when it has ended
+        return bool(line.recv(1, socket.MSG_PEEK))
+    return False

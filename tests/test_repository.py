@@ -246,6 +246,18 @@ def test_the_server_answers_while_a_model_loads_and_the_load_outlives_its_client
     assert predicted(from_file) == ["late"]
 
 
+def test_a_load_that_never_ends_does_not_hold_up_the_end(tmp_path: Path, google: ModuleType) -> None:
+    (tmp_path / "model").write_text("first")
+    with running(ENABLED, FROM_FILE, f"--model_dir={tmp_path}", "--grace_period_seconds=1") as server:
+        Client(server, google, "REST").unload()
+        (tmp_path / "model").unlink()
+        os.mkfifo(tmp_path / "model")
+        with server.connect() as client:
+            client.sendall(b"POST /v2/repository/models/custom-model/load HTTP/1.1\r\nHost: x\r\n\r\n")
+            with (tmp_path / "model").open("w"):  # opens when the load is under way
+                assert server.stop() == 0
+
+
 def test_more_changes_than_may_wait_are_refused(from_file: Server, tmp_path: Path, google: ModuleType) -> None:
     client = Client(from_file, google, "REST")
     client.unload()

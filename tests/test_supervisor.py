@@ -112,6 +112,41 @@ def test_a_killed_worker_is_replaced_and_meanwhile_the_other_answers(two: Server
     assert killed not in workers(two)
 
 
+def test_a_worker_that_leaves_a_process_behind_is_replaced_as_well(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    with running(TWO, "--predictor=tests.predictors:Forking", f"--model_dir={tmp_path}") as server:
+        killed, _ = workers(server)
+        os.kill(killed, signal.SIGKILL)
+        server.wait_for_line(re.compile(r"worker \d ended, exit code 137: another starts in 0\.5 s"))
+        assert killed not in workers(server)
+        for child in tmp_path.glob("child-*"):
+            os.kill(int(child.name.removeprefix("child-")), signal.SIGKILL)
+        assert server.stop() == 0
+
+
+def test_workers_that_are_signalled_beside_their_supervisor_answer_what_they_accepted(
+    tmp_path: Path, gate: Callable[[str], Path]
+) -> None:
+    held = gate("held")
+    with gated(tmp_path, TWO) as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(rest, server, "held")
+        with held.open("wb"):
+            children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+            for process_id in (server.process.pid, *map(int, children)):
+                os.kill(process_id, signal.SIGTERM)
+            wait_for(partial(is_refused, server))
+        assert answer.result().status_code == 200
+        assert server.wait() == 0
+
+
+def is_refused(server: Server) -> bool:
+    try:
+        server.connect().close()
+    except ConnectionError as error:  # reset, in the moment of the close
+        return isinstance(error, ConnectionRefusedError)
+    return False
+
+
 def test_a_worker_that_cannot_start_again_is_tried_ever_more_slowly(two: Server, tmp_path: Path) -> None:
     killed, other = workers(two)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
