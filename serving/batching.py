@@ -15,7 +15,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,13 +87,11 @@ class Batcher:
             self._threads.look()
         try:
             answer: T = await asked.answer
-        except asyncio.CancelledError:
-            with self._threads.lock, suppress(ValueError):
-                self._asked.remove(asked)  # or its body would be held until its turn
-            raise
         finally:
             with self._threads.lock:
                 was_queued = asked.is_queued
+                if asked.answer.cancelled() and asked in self._asked:
+                    self._asked.remove(asked)  # or its body would be held until its turn
             if was_queued:
                 self._metrics.at_model.dec()
         return answer

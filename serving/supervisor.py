@@ -92,6 +92,7 @@ class Supervisor:
         return next((task.result() for task in kept if task.result()), 0)
 
     def _signalled(self) -> None:
+        """The second signal is for the workers as it is for us: they stop at once."""
         if self._stop.is_set():
             for process, line in self._workers.items():
                 _tell(process, line, AT_ONCE)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from inspect import signature
 from pathlib import Path
@@ -88,6 +89,13 @@ class Ending(Echo):
 class Unloadable(Echo):
     def load(self) -> None:
         raise RuntimeError("no such table: weights")
+
+
+class Threaded(Echo):
+    """Has a thread that never ends, and that an interpreter would wait for."""
+
+    def load(self) -> None:
+        threading.Thread(target=threading.Event().wait).start()
 
 
 class EndingLoad(Echo):

@@ -171,6 +171,13 @@ def test_a_handler_that_never_returns_does_not_hold_up_the_end(tmp_path: Path, g
         assert server.stop() == 0
 
 
+def test_a_thread_of_a_predictors_own_does_not_hold_up_the_end_nor_that_of_a_check() -> None:
+    predictor = "--predictor=tests.predictors:Threaded"
+    with running(predictor) as server:
+        assert server.stop() == 0
+    assert start_failing(predictor, "--check")[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_when_all_is_answered_changes_nothing(number: signal.Signals) -> None:
     with running(ECHO) as server:

@@ -17,6 +17,7 @@ from types import ModuleType
 import grpc
 import pytest
 
+from bench.subject import children
 from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
 from tests.servers import Server, gated, is_alive, read_until, running, start_failing, wait_for
@@ -131,8 +132,7 @@ def test_workers_that_are_signalled_beside_their_supervisor_answer_what_they_acc
     with gated(tmp_path, TWO) as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(rest, server, "held")
         with held.open("wb"):
-            children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-            for process_id in (server.process.pid, *map(int, children)):
+            for process_id in (server.process.pid, *children(server.process.pid)):
                 with suppress(ProcessLookupError):  # the other one, which has nothing to answer
                     os.kill(process_id, signal.SIGTERM)
             wait_for(partial(is_refused, server))
