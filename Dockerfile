@@ -10,8 +10,7 @@ COPY model_export/install.sh model_export/
 # Where CPU builds of torch come from; empty means pip's own index.
 ARG TORCH_INDEX_URL
 RUN PIP_NO_CACHE_DIR=1 sh model_export/install.sh /usr/local/bin/python
-COPY proto proto
-COPY serving serving
+COPY pinnace pinnace
 COPY model_export model_export
 ARG ARCH=alexnet
 ARG WEIGHTS=pretrained
@@ -46,8 +45,7 @@ RUN cd /opt/venv/lib/python3.11/site-packages \
 FROM base AS code
 WORKDIR /app
 COPY app.py ./
-COPY proto proto
-COPY serving serving
+COPY pinnace pinnace
 # Compiled here, since the image is read-only where it runs. Checked by hash: a file that is replaced later counts.
 RUN python -m compileall -q --invalidation-mode checked-hash . && find . -exec touch --date=@0 {} +
 
@@ -68,7 +66,7 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 XDG_CACHE
 WORKDIR /app
 USER 1000:1000
 EXPOSE 8080 8081
-HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["python", "-m", "serving.healthcheck"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["python", "-m", "pinnace.process.healthcheck"]
 ENTRYPOINT ["python", "app.py"]
 LABEL org.opencontainers.image.title="model-server" \
   org.opencontainers.image.description="A torchvision classifier behind KServe's REST V1, V2 and gRPC protocols"

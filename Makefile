@@ -29,7 +29,7 @@ help:
 	@echo "make overload   send twice what the server can answer for OVERLOAD_SECONDS=60"
 	@echo "make soak    load the server for MINUTES=30, and watch its memory"
 	@echo "make lint    ruff and mypy"
-	@echo "make proto   generate proto/generated from the .proto files"
+	@echo "make proto   generate pinnace/proto/generated from the .proto files"
 	@echo "make clean   remove the environments and the exported model"
 
 run: $(VENV)/.runtime model/model.onnx
@@ -65,7 +65,7 @@ soak: $(VENV)/.dev $(MODEL)/model.onnx
 	$(VENV)/bin/python -m bench.soak --model $(MODEL) --request $(REQUEST) --minutes $(MINUTES)
 
 proto: $(VENV)/.dev
-	rm -rf proto/generated
+	rm -rf pinnace/proto/generated
 	$(VENV)/bin/python -m proto.generate
 
 clean:

@@ -9,10 +9,10 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from serving import NAME, STOP_SIGNALS
-from serving.command_line import CHECK, parse_settings
-from serving.errors import DrainCut, EngineLost, StartError
-from serving.logs import configure_logging
+from pinnace import NAME, STOP_SIGNALS
+from pinnace.errors import RayHeadLost, ShutdownTimeout, StartupError
+from pinnace.observability.logging import configure_logging
+from pinnace.process.flags import CHECK, parse_settings
 
 
 def main() -> int:
@@ -22,23 +22,23 @@ def main() -> int:
         for number in STOP_SIGNALS:
             signal.signal(number, _leave)  # nothing is accepted yet, so nothing is lost
         if CHECK in sys.argv[1:]:
-            from serving import check
+            from pinnace.process import check
 
             sys.stdout.writelines(f"{line}\n" for line in check.run(settings))
             return 0
         # Each imports only what it needs: a supervisor is 20 MB, a server five times that.
         if settings.workers > 1:
-            from serving import supervisor
+            from pinnace.process import supervisor
 
             return supervisor.run(settings)
-        from serving import lifecycle
+        from pinnace.process import server as lifecycle
 
         lifecycle.run(settings)
         atexit._run_exitfuncs()
         _end(0)
-    except StartError as error:
+    except StartupError as error:
         sys.stderr.write(f"app.py: {error}\n")
-        if isinstance(error, DrainCut | EngineLost):
+        if isinstance(error, ShutdownTimeout | RayHeadLost):
             _end(error.exit_code)
         return error.exit_code
 

@@ -19,11 +19,11 @@ from statistics import median
 import onnxruntime
 
 from bench import load
-from bench.limit import Limits
+from bench.baseline import Baseline
 from bench.payloads import Payload, payloads
 from bench.report import Point, Row, medians, plot, table
-from bench.subject import Subject, memory_mib, serving, started
-from serving.cpus import available_cpus
+from bench.subject import ServerProcess, memory_mib, serving, started
+from pinnace.cpus import available_cpus
 
 CONNECTIONS = (1, 16, 64)
 WARM_UP_SECONDS = 1.0
@@ -53,20 +53,20 @@ def _measure(name: str, model_dir: Path, arguments: argparse.Namespace) -> list[
             points.append(point)
             sys.stderr.write(f"{name}, round {count}: {point}\n")
     rows = medians(points)
-    limit, alone_ms = median(point.limit for point in points), median(point.alone_ms for point in points)
-    _say(f"\n{name}: in process {limit:.1f} images/s, one image alone {alone_ms:.1f} ms")
+    baseline, alone_ms = median(point.baseline for point in points), median(point.alone_ms for point in points)
+    _say(f"\n{name}: in process {baseline:.1f} images/s, one image alone {alone_ms:.1f} ms")
     _say(table(rows))
     _say(_footprint(model_dir, wanted[0]))
     return rows
 
 
 def _round(model_dir: Path, wanted: list[Payload], arguments: argparse.Namespace) -> Iterator[Point]:
-    limits = Limits(model_dir, arguments.request, arguments.seconds)
+    baseline = Baseline(model_dir, arguments.request, arguments.seconds)
 
-    def points(subject: Subject, payload: Payload, name: str) -> Iterator[Point]:
+    def points(subject: ServerProcess, payload: Payload, name: str) -> Iterator[Point]:
         for connections in CONNECTIONS:
             result, cpu_ms = _measured(subject, payload, connections, arguments.seconds)
-            images_per_second, alone_seconds = limits.around()
+            images_per_second, alone_seconds = baseline.around()
             yield Point(name, connections, result, cpu_ms, images_per_second, alone_seconds * 1e3)
 
     with serving(model_dir) as subject:
@@ -77,13 +77,13 @@ def _round(model_dir: Path, wanted: list[Payload], arguments: argparse.Namespace
     if find_spec("ray"):
         with serving(model_dir, "--engine=ray", f"--num_replicas={available_cpus()}") as subject:
             yield from points(subject, wanted[0], f"{wanted[0].name}, {available_cpus()} replicas on Ray")
-    if baseline := os.environ.get("BENCH_BASELINE"):
-        *command, url = shlex.split(baseline)
+    if other := os.environ.get("BENCH_BASELINE"):
+        *command, url = shlex.split(other)
         with started(command, url) as subject:
             yield from points(subject, wanted[0], "baseline")
 
 
-def _measured(subject: Subject, payload: Payload, connections: int, seconds: float) -> tuple[load.Result, float]:
+def _measured(subject: ServerProcess, payload: Payload, connections: int, seconds: float) -> tuple[load.Result, float]:
     """What the clients saw, and the server's CPU milliseconds a request."""
 
     def run(duration: float) -> load.Result:

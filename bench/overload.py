@@ -19,7 +19,7 @@ import numpy as np
 
 from bench import load
 from bench.payloads import Payload, payloads
-from bench.subject import Subject, serving
+from bench.subject import ServerProcess, serving
 
 PEAK_CONNECTIONS = 16
 PROBE_SECONDS = 0.1
@@ -90,7 +90,7 @@ def main() -> None:
     sys.stdout.write(summary(overload) + "\n")
 
 
-async def overloaded(subject: Subject, payload: Payload, peak: float, offered: float, seconds: float) -> Overload:
+async def overloaded(subject: ServerProcess, payload: Payload, peak: float, offered: float, seconds: float) -> Overload:
     clients, probing = Clients(subject.url), Clients(subject.url)
     headers = "".join(f"{name}: {value}\r\n" for name, value in payload.headers.items())
     length = f"Content-Length: {len(payload.body)}\r\n\r\n"

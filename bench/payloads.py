@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proto.generated import inference as pb
+from pinnace.proto.generated import inference as pb
 
 MODEL = "custom-model"
 

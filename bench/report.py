@@ -18,11 +18,11 @@ class Point:
     connections: int
     result: Result
     cpu_ms: float
-    limit: float
+    baseline: float
     alone_ms: float
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.connections} connections: {self.result.per_second:.1f}/s of {self.limit:.1f}"
+        return f"{self.name}, {self.connections} connections: {self.result.per_second:.1f}/s of {self.baseline:.1f}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def medians(points: Sequence[Point]) -> list[Row]:
                 name,
                 connections,
                 median(point.result.per_second for point in same),
-                median(point.result.per_second / point.limit for point in same),
+                median(point.result.per_second / point.baseline for point in same),
                 median(point.result.p50_ms for point in same),
                 median(point.result.p99_ms for point in same),
                 median(point.cpu_ms for point in same),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench import load
 from bench.payloads import payloads
-from bench.subject import Subject, serving
+from bench.subject import ServerProcess, serving
 
 SLICE_SECONDS = 10.0
 CONNECTIONS = (1, 16, 64)
@@ -66,7 +66,7 @@ def plot(samples: Sequence[Sample], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _samples(subject: Subject, arguments: argparse.Namespace) -> list[Sample]:
+def _samples(subject: ServerProcess, arguments: argparse.Namespace) -> list[Sample]:
     """Every payload at every number of connections, a slice each, over and over until the time is over."""
     kinds = [(payload, connections) for connections in CONNECTIONS for payload in payloads(arguments.request)]
     samples: list[Sample] = []

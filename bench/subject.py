@@ -22,7 +22,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
-class Subject:
+class ServerProcess:
     """A running server; `ready_seconds` are from its exec to its first answer."""
 
     process_id: int
@@ -80,7 +80,7 @@ def memory_mib(process_id: int, kind: str) -> float:
 
 
 @contextmanager
-def started(command: Sequence[str], url: str, grpc_address: str = "") -> Iterator[Subject]:
+def started(command: Sequence[str], url: str, grpc_address: str = "") -> Iterator[ServerProcess]:
     """Any server, once it answers `url`; stopped at the end. Raises SystemExit where it does not start."""
     started_at = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -89,14 +89,14 @@ def started(command: Sequence[str], url: str, grpc_address: str = "") -> Iterato
                 if process.poll() is not None or time.perf_counter() > started_at + START_SECONDS:
                     raise SystemExit(f"bench: {' '.join(command)} does not answer {url}")
                 time.sleep(POLL_SECONDS)
-            yield Subject(process.pid, url, grpc_address, time.perf_counter() - started_at)
+            yield ServerProcess(process.pid, url, grpc_address, time.perf_counter() - started_at)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
 
 
 @contextmanager
-def serving(model_dir: Path, *flags: str) -> Iterator[Subject]:
+def serving(model_dir: Path, *flags: str) -> Iterator[ServerProcess]:
     """This server, on free ports."""
     http_port, grpc_port = _free_port(), _free_port()
     places = [f"--model_dir={model_dir}", "--host=127.0.0.1", f"--http_port={http_port}", f"--grpc_port={grpc_port}"]

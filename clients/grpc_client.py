@@ -11,9 +11,9 @@ from pathlib import Path
 
 import grpc
 
-from clients.asking import Ask, Classes, Refused, authorization, run
-from proto.generated import inference as pb
-from proto.wire import decode
+from clients.cli import Ask, Classes, ServerError, authorization, run
+from pinnace.proto.generated import inference as pb
+from pinnace.proto.wire import decode
 
 SERVICE = "inference.GRPCInferenceService"
 # A busy server answers UNAVAILABLE, and says after how long to try again; grpc itself waits and does.
@@ -49,10 +49,10 @@ def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
             try:
                 answer = infer(request, timeout=arguments.timeout_seconds, metadata=metadata)
             except grpc.RpcError as error:
-                raise Refused(f"{arguments.address} answered {error.code().name}: {error.details()}") from None
+                raise ServerError(f"{arguments.address} answered {error.code().name}: {error.details()}") from None
             labels, probabilities = (tensor.contents for tensor in decode(pb.ModelInferResponse, answer).outputs)
             if labels is None or probabilities is None:
-                raise Refused(f"{arguments.address} answered something else than classes")
+                raise ServerError(f"{arguments.address} answered something else than classes")
             texts = [label.decode() for label in labels.bytes_contents]
             return list(zip(texts, probabilities.fp32_contents, strict=True))
 

@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 @dataclass(frozen=True)
-class Found:
+class Result:
     """Labels and their probabilities, the highest first; `milliseconds` from the request to the answer."""
 
     picture: str
@@ -29,7 +29,7 @@ class Report:
         if style == "csv":
             self._csv.writerow(["picture", "milliseconds", "rank", "label", "probability"])
 
-    def write(self, found: Found) -> None:
+    def write(self, found: Result) -> None:
         if self._style == "text":
             self._file.write(f"{found.picture}  {found.milliseconds:.0f} ms\n")
             self._file.writelines(f"  {probability:6.1%}  {label}\n" for label, probability in found.classes)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
 
-from clients.asking import Ask, Classes, Refused, authorization, run
+from clients.cli import Ask, Classes, ServerError, authorization, run
 
 MOST_ATTEMPTS = 4  # where the server is busy, and says when to try again
 
@@ -47,14 +47,16 @@ def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
                 with error:
                     wait_seconds = error.headers.get("retry-after", "")
                     if error.code != 503 or not wait_seconds.isdigit() or attempt == MOST_ATTEMPTS:
-                        raise Refused(f"{arguments.address} answered {error.code}: {_problem(error.read())}") from None
+                        raise ServerError(
+                            f"{arguments.address} answered {error.code}: {_problem(error.read())}"
+                        ) from None
                 time.sleep(int(wait_seconds))
             except urllib.error.URLError as error:
-                raise Refused(f"{arguments.address} cannot be reached: {error.reason}") from None
+                raise ServerError(f"{arguments.address} cannot be reached: {error.reason}") from None
             except http.client.HTTPException:
-                raise Refused(f"{arguments.address} does not speak HTTP: see --address") from None
+                raise ServerError(f"{arguments.address} does not speak HTTP: see --address") from None
             except (KeyError, TypeError, ValueError):
-                raise Refused(f"{arguments.address} answered something else than classes") from None
+                raise ServerError(f"{arguments.address} answered something else than classes") from None
         raise AssertionError  # the last attempt returns or raises
 
     yield ask

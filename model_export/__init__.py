@@ -3,4 +3,4 @@
 Runs where torch is installed; the server never imports it. It imports the server, to check what it wrote.
 """
 
-import serving as serving  # first, since it turns ONNX Runtime's telemetry off
+import pinnace as pinnace  # first, since it turns ONNX Runtime's telemetry off

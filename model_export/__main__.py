@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from model_export.errors import ExportError
-from serving.logs import banner
+from pinnace.observability.logging import banner
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def _export(arguments: argparse.Namespace) -> int:
             exact = Path(scratch)
             export.write(model, card, exact, check)
             step(f"making it {arguments.precision}, on {origin}")
-            model, card = quantize.smaller(model, card, exact, arguments.precision, pictures, origin)
+            model, card = quantize.quantize(model, card, exact, arguments.precision, pictures, origin)
             step(f"  {quantize.in_words(card.precision_error)}")
             file = export.write(model, card, arguments.output, lambda _: None)
     size = sum(path.stat().st_size for path in arguments.output.glob(f"*{export.WEIGHTS_SUFFIX}")) / 1e6

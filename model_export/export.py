@@ -16,8 +16,8 @@ import torch
 
 from model_export.source import Source
 from model_export.vision import torchvision
-from serving.model_card import ModelCard
-from serving.storage import CHECKSUMS
+from pinnace.models.model_card import ModelCard
+from pinnace.models.storage import CHECKSUMS
 
 OPSET = 20
 MODEL_FILE = "model.onnx"
@@ -65,12 +65,12 @@ def convert(source: Source, card: ModelCard) -> onnx_ir.Model:
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    model = without_idle_pools(program.model)
+    model = remove_identity_pools(program.model)
     model.metadata_props.update(card.to_properties())
     return model
 
 
-def without_idle_pools(model: onnx_ir.Model) -> onnx_ir.Model:
+def remove_identity_pools(model: onnx_ir.Model) -> onnx_ir.Model:
     """The same without average pools of one value each, which AlexNet's and VGG's are at the crop of their weights.
 
     In 8 bits ONNX Runtime takes 3 % of AlexNet's time for its own, on one core (measured).

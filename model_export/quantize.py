@@ -18,12 +18,12 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from model_export.errors import BadRequest, Mismatch
 from model_export.export import write
 from model_export.verify import photographs
-from serving.classifier import Classifier
-from serving.image import SIGNATURES
-from serving.model_card import ModelCard
-from serving.predictor import Request
-from serving.settings import Settings
-from serving.tensors import tensor_of_values
+from pinnace.models.classifier import Classifier
+from pinnace.models.image import SIGNATURES
+from pinnace.models.model_card import ModelCard
+from pinnace.predictor import Request
+from pinnace.settings import Settings
+from pinnace.tensors import tensor_of_values
 
 WORTH_HALVING_BYTES = 4096  # biases stay exact
 LEAST_COSINE = {"fp16": 0.9999, "int8": 0.99}  # of an image's logits with those in fp32
@@ -41,7 +41,7 @@ def images(folder: Path | None) -> tuple[list[bytes], str]:
     return pictures, f"{len(pictures)} pictures of --calibration"
 
 
-def smaller(
+def quantize(
     model: onnx_ir.Model, card: ModelCard, exact: Path, precision: str, pictures: Sequence[bytes], origin: str
 ) -> tuple[onnx_ir.Model, ModelCard]:
     """The model, which lies exported in `exact`, in another precision; its card has the error. Raises Mismatch."""
@@ -110,10 +110,10 @@ def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
             )
         finally:
             logging.disable(logging.NOTSET)
-        return as_multiplied(onnx_ir.from_proto(onnx.load(quantized)))
+        return pretranspose_gemm_weights(onnx_ir.from_proto(onnx.load(quantized)))
 
 
-def as_multiplied(model: onnx_ir.Model) -> onnx_ir.Model:
+def pretranspose_gemm_weights(model: onnx_ir.Model) -> onnx_ir.Model:
     """The same, with the 8-bit matrices of its linear layers stored as they are multiplied with, not transposed.
 
     ONNX Runtime would transpose them at each load, in memory that it keeps: 36 MiB of AlexNet (measured).

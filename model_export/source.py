@@ -11,7 +11,7 @@ import torch
 
 from model_export.errors import BadRequest, WeightsMissing
 from model_export.vision import torchvision
-from serving.logs import banner
+from pinnace.observability.logging import banner
 
 LOGITS_STD = 5.0
 

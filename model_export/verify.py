@@ -12,10 +12,10 @@ import torch
 from model_export.errors import Mismatch
 from model_export.source import Source
 from model_export.vision import torchvision
-from serving.classifier import Classifier
-from serving.predictor import Request
-from serving.settings import Settings
-from serving.tensors import tensor_of_values
+from pinnace.models.classifier import Classifier
+from pinnace.predictor import Request
+from pinnace.settings import Settings
+from pinnace.tensors import tensor_of_values
 
 MOST_LOGITS_DIFFERENCE = 1e-4
 MOST_PIXELS_DIFFERENCE = 1e-6

@@ -1,1 +1,1 @@
-"""The gRPC wire: grpc_predict_v2.proto, the messages generated from it, and the decoder that reads them."""
+"""Protocol buffers: the .proto files, and the tool that generates pinnace/proto/generated from them."""

@@ -1,4 +1,4 @@
-"""Writes proto/generated from the .proto files: `make proto`. A tool of development; the server never imports it."""
+"""Writes pinnace/proto/generated from the .proto files: `make proto`. A tool of development; the server never imports it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def generate(output: Path) -> None:
     """The messages, and a module with what reflection tells of them."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        described = Path(scratch) / "descriptors"
+        metadata = Path(scratch) / "descriptors"
         options = ["client_generation=none", "server_generation=none"]
         subprocess.run(
             [
                 *(sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE}"),
                 f"--python_betterproto2_out={output}",
                 *(f"--python_betterproto2_opt={option}" for option in options),
-                f"--descriptor_set_out={described}",
+                f"--descriptor_set_out={metadata}",
                 *FILES,
             ],
             check=True,
             # protoc finds its plugin, and that finds ruff, beside this interpreter.
             env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         )
-        files = FileDescriptorSet.FromString(described.read_bytes()).file
+        files = FileDescriptorSet.FromString(metadata.read_bytes()).file
     module = output / "descriptors.py"
     module.write_text(
         '"""Serialized FileDescriptorProtos by file, and the file of each service, method and message."""\n'
@@ -59,4 +59,4 @@ def _nested(scope: str, messages: Iterable[DescriptorProto]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "generated")
+    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parent / "pinnace/proto/generated")

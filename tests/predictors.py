@@ -16,29 +16,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving import errors
-from serving.logs import configure
-from serving.predictor import Predictor, Request, Response, Rows
-from serving.tensors import Tensor, TensorSpec
+from pinnace import errors
+from pinnace.observability.logging import configure
+from pinnace.predictor import Arrays, Predictor, Request, Response
+from pinnace.tensors import Tensor, TensorSpec
 
 
 class Echo(Predictor):
     """Answers with the tensor that it got, whatever it is."""
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array}
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         return rows
 
-    def postprocess(self, predictions: Rows, request: Request) -> Response:
+    def postprocess(self, predictions: Arrays, request: Request) -> Response:
         return Response([Tensor("output-0", predictions["rows"])])
 
 
 class Gated(Echo):
     """An instance is the name of a FIFO in model_dir: the request waits there until somebody has written to it."""
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         assert self.model_dir
         (self.model_dir / request.input.array.flat[0].decode()).read_bytes()
         return super().preprocess(request)
@@ -47,10 +47,10 @@ class Gated(Echo):
 class GatedPredict(Gated):
     """The same, on the one thread that predicts."""
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array}
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         assert self.model_dir
         (self.model_dir / rows["rows"].flat[0].decode()).read_bytes()
         return rows
@@ -59,7 +59,7 @@ class GatedPredict(Gated):
 class Failing(Echo):
     """An instance is the name of an exception: one of the error table, or one of Python's own, to raise."""
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         name = request.input.array.flat[0].decode()
         kind = getattr(errors, name, None) or getattr(__import__("builtins"), name)
         has_own_text = issubclass(kind, errors.ServingError) and not signature(kind).parameters
@@ -69,15 +69,15 @@ class Failing(Echo):
 class Ending(Echo):
     """An instance is the name of the handler that calls sys.exit."""
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         self._end("preprocess", request.input.array)
         return super().preprocess(request)
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         self._end("predict", rows["rows"])
         return rows
 
-    def postprocess(self, predictions: Rows, request: Request) -> Response:
+    def postprocess(self, predictions: Arrays, request: Request) -> Response:
         self._end("postprocess", predictions["rows"])
         return super().postprocess(predictions, request)
 
@@ -118,7 +118,7 @@ class FromFile(Echo):
         assert self.model_dir
         self.text = (self.model_dir / "model").read_bytes()
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         return {"rows": np.full(len(rows["rows"]), self.text, object)}
 
 
@@ -128,7 +128,7 @@ class Knotted(Echo):
     def load(self) -> None:
         self.itself = self
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         return {"rows": np.full(len(rows["rows"]), len(gc.get_objects()))}
 
     def __del__(self) -> None:
@@ -141,7 +141,7 @@ class ProcessId(FromFile):
 
     has_stopped = False
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         if not self.has_stopped and 1 in rows["rows"]:
             self.has_stopped = True
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -163,7 +163,7 @@ class Forking(ProcessId):
 class BatchSize(Echo):
     """Answers every row with how many ran together; one that begins with a slash is a FIFO to wait at, "fail" fails."""
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         for row in rows["rows"].flat:
             if row == b"fail":
                 raise RuntimeError("this row")
@@ -175,7 +175,7 @@ class BatchSize(Echo):
 class Slow(BatchSize):
     """A row takes as many seconds as it says."""
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         time.sleep(sum(float(row) for row in rows["rows"].flat if not row.startswith(b"/")))
         return super().predict(rows)
 
@@ -183,9 +183,9 @@ class Slow(BatchSize):
 class EveryCore(BatchSize):
     """The same, with runs that take every core; one that begins with an @ is a FIFO to wait at while decoding."""
 
-    takes_every_core = True
+    uses_all_cores = True
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         rows = super().preprocess(request)
         for row in rows["rows"].flat:
             if row.startswith(b"@"):
@@ -196,7 +196,7 @@ class EveryCore(BatchSize):
 class Deadly(Echo):
     """A row that is 0 ends the process, as the kernel does where memory runs out."""
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         if 0 in rows["rows"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return rows
@@ -205,10 +205,10 @@ class Deadly(Echo):
 class Lists(BatchSize):
     """Gives rows that are no array yet, and outputs that can be gone through once."""
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array.tolist()}
 
-    def postprocess(self, predictions: Rows, request: Request) -> Response:
+    def postprocess(self, predictions: Arrays, request: Request) -> Response:
         return Response(tensor for tensor in super().postprocess(predictions, request).outputs)  # type: ignore[arg-type]
 
 
@@ -217,24 +217,24 @@ class Added(Echo):
 
     inputs = (TensorSpec("one", "INT64", (-1,)), TensorSpec("other", "INT64", (-1,)))
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         return {tensor.name: tensor.array for tensor in request.inputs}
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         return {"rows": rows["one"] + rows["other"]}
 
 
 class NoRows(Echo):
     """Loses them all."""
 
-    def preprocess(self, request: Request) -> Rows:
+    def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array[:0]}
 
 
 class TooFew(Echo):
     """Loses a row."""
 
-    def predict(self, rows: Rows) -> Rows:
+    def predict(self, rows: Arrays) -> Arrays:
         return {"rows": rows["rows"][1:]}
 
 

@@ -1,4 +1,4 @@
-"""serving/admission.py: who comes when there is no room is refused at once, and told when there will be."""
+"""pinnace/admission.py: who comes when there is no room is refused at once, and told when there will be."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_refused_client_is_told_to_wait_as_long_as_what_is_under_way_takes(
         for _ in range(2):
             assert server.predict('{"instances": ["0.7"]}').status_code == 200
         answers = [clients.submit(server.predict, json.dumps({"instances": [str(held)]})) for held in gates]
-        wait_for(lambda: value(server, "serving_requests_under_way") == 2, server)
+        wait_for(lambda: value(server, "pinnace_requests_in_flight") == 2, server)
 
         refused = server.predict('{"instances": ["0"]}')
         with pytest.raises(grpc.RpcError) as error:
@@ -164,9 +164,9 @@ def test_a_client_that_leaves_takes_its_request_out_of_the_queue(
             ):
                 leaving.post(path, content=body)
             wait_for(lambda: ended(server).get((version, "cancelled")) == 1, server)
-            assert value(server, "serving_requests_under_way") == 1
+            assert value(server, "pinnace_requests_in_flight") == 1
             behind = clients.submit(server.predict, '{"instances": ["b"]}')
-            wait_for(lambda: value(server, "serving_requests_at_model") == 2, server)
+            wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 2, server)
         assert first.result().json() == {"predictions": [1]}
         assert behind.result().json() == {"predictions": [1]}
-        assert value(server, "serving_dropped_requests_total", model_name="custom-model") == 1
+        assert value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1

@@ -1,4 +1,4 @@
-"""serving/batching.py: which rows run together, and whom that concerns."""
+"""pinnace/batching.py: which rows run together, and whom that concerns."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 import grpc
 import pytest
 
-from serving.batching import BATCHES_AHEAD, Batcher
-from serving.errors import InvalidInput
-from serving.metrics import Metrics
-from serving.runs import Prepared
-from serving.threads import Threads
+from pinnace.errors import InvalidInput
+from pinnace.inference.batch import Prepared
+from pinnace.inference.batching import PIPELINE_DEPTH, Batcher
+from pinnace.inference.scheduler import Scheduler
+from pinnace.observability.metrics import Metrics
 from tests.servers import Server, running
 from tests.test_grpc import image_request
 from tests.test_metrics import ended, value, wait_for
@@ -57,7 +57,7 @@ def busy(server: Server, gate: Callable[[str], Path]) -> Iterator[Callable[..., 
                 nonlocal waiting
                 answer = clients.submit(sizes, server, *instances)
                 waiting += 1
-                wait_for(lambda: value(server, "serving_requests_at_model") == waiting, server)
+                wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == waiting, server)
                 return answer
 
             yield submit
@@ -66,7 +66,7 @@ def busy(server: Server, gate: Callable[[str], Path]) -> Iterator[Callable[..., 
 
 def test_a_lone_request_runs_at_once_and_alone(server: Server) -> None:
     assert sizes(server, "a") == [1]
-    assert value(server, "serving_batches_total", model_name=MODEL, reason="idle") == 1
+    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="idle") == 1
 
 
 def test_what_arrives_during_a_run_goes_together_in_the_next(server: Server, gate: Callable[[str], Path]) -> None:
@@ -74,8 +74,8 @@ def test_what_arrives_during_a_run_goes_together_in_the_next(server: Server, gat
         answers = [submit(name) for name in "abc"]
 
     assert [answer.result() for answer in answers] == [[3]] * 3
-    assert value(server, "serving_batches_total", model_name=MODEL, reason="queued") == 1
-    assert value(server, "serving_batch_rows_sum", model_name=MODEL) == 4
+    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="queued") == 1
+    assert value(server, "pinnace_batch_rows_sum", model_name=MODEL) == 4
 
 
 def test_no_run_has_more_rows_than_allowed(server: Server, gate: Callable[[str], Path]) -> None:
@@ -83,7 +83,7 @@ def test_no_run_has_more_rows_than_allowed(server: Server, gate: Callable[[str],
         answers = [submit(name) for name in "abcdef"]
 
     assert [answer.result() for answer in answers] == [[4]] * 4 + [[2]] * 2
-    assert value(server, "serving_batches_total", model_name=MODEL, reason="full") == 1
+    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="full") == 1
 
 
 def test_rows_are_counted_and_not_requests(server: Server, gate: Callable[[str], Path]) -> None:
@@ -111,7 +111,7 @@ def test_a_row_that_fails_fails_nobody_else(server: Server, gate: Callable[[str]
         answers = [submit(name) for name in ("a", "fail", "c")]
 
     assert [answer.result() for answer in answers] == [[1], 500, [1]]
-    assert value(server, "serving_batches_total", model_name=MODEL, reason="alone") == 3
+    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="alone") == 3
 
 
 def test_a_request_whose_client_left_while_it_waited_is_not_run(
@@ -122,14 +122,14 @@ def test_a_request_whose_client_left_while_it_waited_is_not_run(
             "/inference.GRPCInferenceService/ModelInfer"
         )
         leaving = call.future(image_request(google, b"x").SerializeToString(), timeout=60)
-        wait_for(lambda: value(server, "serving_requests_at_model") == 2, server)
+        wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 2, server)
         leaving.cancel()
         wait_for(lambda: ended(server).get(("grpc", "cancelled")) == 1, server)
         stays = submit("a")  # the one that left is not counted at the model any more
 
     assert stays.result() == [1]
-    assert value(server, "serving_dropped_requests_total", model_name=MODEL) == 1
-    assert value(server, "serving_batch_rows_sum", model_name=MODEL) == 2
+    assert value(server, "pinnace_dropped_requests_total", model_name=MODEL) == 1
+    assert value(server, "pinnace_batch_rows_sum", model_name=MODEL) == 2
 
 
 def test_a_batch_waits_to_be_filled_where_that_is_wished(gate: Callable[[str], Path]) -> None:
@@ -138,7 +138,7 @@ def test_a_batch_waits_to_be_filled_where_that_is_wished(gate: Callable[[str], P
 
     with running(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=10") as server:
         assert sizes(server, "a") == [1]
-        assert value(server, "serving_batches_total", model_name=MODEL, reason="delay") == 1
+        assert value(server, "pinnace_batches_total", model_name=MODEL, reason="delay") == 1
 
 
 def test_nothing_is_decoded_during_a_run_that_takes_every_core(gate: Callable[[str], Path]) -> None:
@@ -147,9 +147,9 @@ def test_nothing_is_decoded_during_a_run_that_takes_every_core(gate: Callable[[s
         first = clients.submit(sizes, server, str(held))
         with held.open("wb"):
             later = [clients.submit(sizes, server, name) for name in "abc"]
-            wait_for(lambda: value(server, "serving_requests_under_way") == 4, server)
+            wait_for(lambda: value(server, "pinnace_requests_in_flight") == 4, server)
             for _ in range(20):
-                assert value(server, "serving_stage_seconds_count", stage="decode") == 1
+                assert value(server, "pinnace_stage_seconds_count", stage="decode") == 1
         assert [answer.result() for answer in (first, *later)] == [[1], [3], [3], [3]]
 
 
@@ -164,7 +164,7 @@ def test_a_run_that_takes_every_core_waits_for_those_being_decoded(gate: Callabl
         slow = clients.submit(sizes, server, f"@{decoding}")
         with decoding.open("wb"):
             quick = clients.submit(sizes, server, "a")
-            wait_for(lambda: value(server, "serving_requests_at_model") == 1, server)
+            wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 1, server)
         assert (slow.result(), quick.result()) == ([2], [2])
 
 
@@ -207,7 +207,7 @@ def test_a_predictor_that_wants_to_end_the_process_fails_its_request_alone() -> 
 
 
 async def test_what_a_client_sent_is_forgotten_when_it_leaves_though_the_model_is_busy() -> None:
-    threads, free = Threads(decoders=1), threading.Event()
+    threads, free = Scheduler(decoders=1), threading.Event()
     batcher = Batcher(MODEL, threads, Metrics(), max_batch_size=1, max_batch_delay_ms=0)
 
     def decode(body: Body) -> Prepared:
@@ -221,7 +221,7 @@ async def test_what_a_client_sent_is_forgotten_when_it_leaves_though_the_model_i
         body = Body()
         return asyncio.create_task(ask(body)), weakref.ref(body)
 
-    ahead = [asyncio.create_task(ask(Body())) for _ in range(BATCHES_AHEAD)]
+    ahead = [asyncio.create_task(ask(Body())) for _ in range(PIPELINE_DEPTH)]
     behind, body = leaving()
     await asyncio.sleep(0)  # a turn, in which all have asked
     behind.cancel()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from bench import load, soak
-from bench.limit import Limits
+from bench.baseline import Baseline
 from bench.payloads import Payload, payloads
 from bench.report import Point, medians, plot, table
 from bench.soak import Sample
@@ -41,7 +41,7 @@ def test_the_kernel_is_asked_about_the_server_and_its_workers(model_dir: Path) -
 
 
 def test_the_limit_is_measured_in_a_process_of_its_own(model_dir: Path) -> None:
-    images_per_second, alone_seconds = Limits(model_dir, REQUEST, seconds=0.5).around()
+    images_per_second, alone_seconds = Baseline(model_dir, REQUEST, seconds=0.5).around()
 
     assert images_per_second > 1
     assert 0 < alone_seconds < 1
@@ -49,8 +49,10 @@ def test_the_limit_is_measured_in_a_process_of_its_own(model_dir: Path) -> None:
 
 def test_a_row_is_the_median_of_its_rounds_and_ratios_are_taken_within_one(tmp_path: Path) -> None:
     results = [load.Result(per_second, 10.0, 20.0, 100, 1) for per_second in (40.0, 90.0, 50.0)]
-    limits = (80.0, 90.0, 50.0)
-    points = [Point("V1 JSON", 16, result, 25.0, limit, 8.0) for result, limit in zip(results, limits, strict=True)]
+    baseline = (80.0, 90.0, 50.0)
+    points = [
+        Point("V1 JSON", 16, result, 25.0, baseline, 8.0) for result, baseline in zip(results, baseline, strict=True)
+    ]
 
     (row,) = medians(points)
 

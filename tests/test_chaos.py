@@ -252,7 +252,7 @@ async def test_good_requests_among_thousands_of_hostile_ones_are_all_answered_ri
         await asking
         await attackers.close()
 
-        wait_for(lambda: value(server, "serving_requests_under_way") == 0)
+        wait_for(lambda: value(server, "pinnace_requests_in_flight") == 0)
         await asyncio.to_thread(server.wait_for_descriptors, idle_descriptors)
         wait_for(lambda: tasks(server) <= idle_tasks)
         after_mib = memory_mib(server.process.pid, "Rss")

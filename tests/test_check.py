@@ -1,4 +1,4 @@
-"""serving/check.py: --check says what would be served, or ends as a start would."""
+"""pinnace/check.py: --check says what would be served, or ends as a start would."""
 
 from __future__ import annotations
 

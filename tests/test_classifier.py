@@ -1,4 +1,4 @@
-"""serving/classifier.py against the original in torch: the same logits for every photograph and every kind of image."""
+"""pinnace/classifier.py against the original in torch: the same logits for every photograph and every kind of image."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from PIL import Image
 
 from model_export.export import make_card
 from model_export.source import Source
-from serving import image
-from serving.classifier import Classifier
-from serving.errors import InvalidInput, ModelDamaged
-from serving.predictor import Request
-from serving.settings import Settings
-from serving.tensors import Tensor, tensor_of_values
+from pinnace.errors import InvalidInput, ModelLoadError
+from pinnace.models import image
+from pinnace.models.classifier import Classifier
+from pinnace.predictor import Request
+from pinnace.settings import Settings
+from pinnace.tensors import Tensor, tensor_of_values
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, encoded
 from tests.test_image import torchvisions_pixels
 
@@ -147,14 +147,14 @@ def identity_model(folder: Path, properties: dict[str, str]) -> None:
 def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
     identity_model(tmp_path, {})
 
-    with pytest.raises(ModelDamaged, match=r"lacks the metadata that `python -m model_export` writes"):
+    with pytest.raises(ModelLoadError, match=r"lacks the metadata that `python -m model_export` writes"):
         Classifier(Settings(), tmp_path).load()
 
 
 def test_a_model_that_does_not_run_is_damaged_before_anybody_asks_it(tmp_path: Path, original: Source) -> None:
     identity_model(tmp_path, make_card(original).to_properties())
 
-    with pytest.raises(ModelDamaged, match=r"does not run \(.*\); export the model again$"):
+    with pytest.raises(ModelLoadError, match=r"does not run \(.*\); export the model again$"):
         Classifier(Settings(), tmp_path).load()
 
 

@@ -218,12 +218,12 @@ def test_an_interrupt_ends_the_asking(tmp_path: Path, gate: Callable[[str], Path
         command = [sys.executable, "-m", "clients.rest_client", f"--address=127.0.0.1:{server.http_port}"]
         with subprocess.Popen(
             [*command, f"{tmp_path}/input.json"], cwd=PROJECT, stderr=subprocess.PIPE, text=True
-        ) as asking:
+        ) as cli:
             with held.open("wb"):
-                asking.send_signal(signal.SIGINT)
-            assert asking.wait(timeout=30) == 130
-            assert asking.stderr
-            assert "Traceback" not in asking.stderr.read()
+                cli.send_signal(signal.SIGINT)
+            assert cli.wait(timeout=30) == 130
+            assert cli.stderr
+            assert "Traceback" not in cli.stderr.read()
 
 
 def test_a_file_that_is_no_request_is_told_from_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""serving/transports/cloudevents.py: V1 requests that come as events."""
+"""pinnace/cloudevents.py: V1 requests that come as events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""serving/command_line.py: where each setting comes from, and what stops the start."""
+"""pinnace/command_line.py: where each setting comes from, and what stops the start."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.command_line import environment_variable, parse_settings
-from serving.errors import BadSetting
-from serving.settings import GROUPS, Settings
+from pinnace.errors import ConfigurationError
+from pinnace.process.flags import environment_variable, parse_settings
+from pinnace.settings import GROUPS, Settings
 
 
 def test_without_flags_and_environment_every_setting_has_its_default() -> None:
@@ -50,14 +50,14 @@ def test_what_may_be_several_is_repeated_or_separated_by_commas() -> None:
     assert (
         parse_settings(["--model=a=/a", "--model", "b=/b"], {})
         == parse_settings(["--model=a=/a,b=/b"], {})
-        == parse_settings([], {"SERVING_MODEL": "a=/a,b=/b"})
+        == parse_settings([], {"PINNACE_MODEL": "a=/a,b=/b"})
         == Settings(model=("a=/a", "b=/b"))
     )
 
 
 def test_an_empty_environment_variable_is_no_setting() -> None:
     assert (
-        parse_settings([], {"SERVING_HTTP_PORT": "", "SERVING_MODEL_DIR": "", "PORT": "", "K_SERVICE": ""})
+        parse_settings([], {"PINNACE_HTTP_PORT": "", "PINNACE_MODEL_DIR": "", "PORT": "", "K_SERVICE": ""})
         == Settings()
     )
 
@@ -69,11 +69,11 @@ def test_an_empty_environment_variable_is_no_setting() -> None:
         ([], {"PORT": "8080"}, 8080, 8081),
         ([], {"PORT": "8081"}, 8080, 8081),  # docker run -ePORT=8081 -p8081:8081 publishes gRPC's
         (["--grpc_port=9000"], {"PORT": "9000"}, 8080, 9000),
-        ([], {"PORT": "9000", "SERVING_GRPC_PORT": "9000"}, 8080, 9000),
+        ([], {"PORT": "9000", "PINNACE_GRPC_PORT": "9000"}, 8080, 9000),
         (["--http_port=9001"], {"PORT": "9000"}, 9001, 8081),
-        ([], {"PORT": "9000", "SERVING_HTTP_PORT": "9001"}, 9001, 8081),
+        ([], {"PORT": "9000", "PINNACE_HTTP_PORT": "9001"}, 9001, 8081),
         (["--enable_grpc=false"], {"PORT": "8081"}, 8081, 8081),  # without gRPC it has no port
-        (["--http_port=8081"], {"SERVING_ENABLE_GRPC": "no"}, 8081, 8081),
+        (["--http_port=8081"], {"PINNACE_ENABLE_GRPC": "no"}, 8081, 8081),
     ],
 )
 def test_port_moves_rest_unless_it_is_the_grpc_port_or_a_setting_says_otherwise(
@@ -126,7 +126,7 @@ def test_kserves_flag_is_taken_with_its_default(flag: str) -> None:
 )
 def test_kserves_flag_for_transformers_is_refused_and_explained(flag: str) -> None:
     """Its server takes them and, without a transformer's code, does nothing with them."""
-    with pytest.raises(BadSetting, match="are for transformers: this is none"):
+    with pytest.raises(ConfigurationError, match="are for transformers: this is none"):
         parse_settings([flag], {})
 
 
@@ -178,7 +178,7 @@ def test_a_switch_is_thrown_by_every_word_that_kserve_takes(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["n", "No", "f", "FALSE", "off", "0"])
 def test_a_switch_is_undone_by_every_word_that_kserve_takes(text: str) -> None:
-    environment = {"SERVING_ENABLE_GRPC_REFLECTION": text}
+    environment = {"PINNACE_ENABLE_GRPC_REFLECTION": text}
 
     assert parse_settings([], environment).enable_grpc_reflection is False
 
@@ -195,7 +195,7 @@ def test_the_model_dir_is_a_path() -> None:
         (["--http_port"], {}, "argument --http_port: expected one argument (--help lists the flags)"),
         (["--http_port=eighty"], {}, "--http_port must be a whole number, not eighty"),
         (["--http_port=65536"], {}, "--http_port must lie between 0 and 65535, not 65536"),
-        ([], {"SERVING_HTTP_PORT": "-1"}, "SERVING_HTTP_PORT must lie between 0 and 65535, not -1"),
+        ([], {"PINNACE_HTTP_PORT": "-1"}, "PINNACE_HTTP_PORT must lie between 0 and 65535, not -1"),
         ([], {"PORT": "tcp://10.0.0.1:80"}, "PORT must be a whole number, not tcp://10.0.0.1:80"),
         ([], {"PROTOCOL": "v3"}, "PROTOCOL must be one of v1, v2, grpc-v2, not v3"),
         (["--event_loop=trio"], {}, "--event_loop must be one of auto, asyncio, uvloop, not trio"),
@@ -234,7 +234,7 @@ def test_the_model_dir_is_a_path() -> None:
 def test_what_makes_no_sense_is_refused_in_one_line_that_names_its_source(
     arguments: list[str], environment: dict[str, str], problem: str
 ) -> None:
-    with pytest.raises(BadSetting) as error:
+    with pytest.raises(ConfigurationError) as error:
         parse_settings(arguments, environment)
 
     assert str(error.value) == problem

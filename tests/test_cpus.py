@@ -1,4 +1,4 @@
-"""serving/cpus.py: quotas of control groups, as the kernel shows them in either version."""
+"""pinnace/cpus.py: quotas of control groups, as the kernel shows them in either version."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.cpus import available_cpus
+from pinnace.cpus import available_cpus
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -1,4 +1,4 @@
-"""serving/credentials.py, and TLS on both ports: who has shown nothing gets nothing but probes."""
+"""pinnace/credentials.py, and TLS on both ports: who has shown nothing gets nothing but probes."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_the_containers_health_is_told_over_tls_too(own: Party, authority: Party
         port = free.getsockname()[1]
     tls = (f"--ssl_certfile={own.certificate}", f"--ssl_keyfile={own.key}", f"--ssl_ca_certs={authority.certificate}")
     with running(ECHO, *tls, f"--http_port={port}") as server:
-        command = [sys.executable, "-m", "serving.healthcheck", str(server.process.pid)]
+        command = [sys.executable, "-m", "pinnace.process.healthcheck", str(server.process.pid)]
         subprocess.run(command, cwd=PROJECT, check=True, timeout=60)
 
 

@@ -1,4 +1,4 @@
-"""serving/dataplane.py: a request that would take too long."""
+"""pinnace/dataplane.py: a request that would take too long."""
 
 from __future__ import annotations
 
@@ -73,5 +73,5 @@ def test_what_was_late_is_not_run_and_the_model_goes_on(gate: Callable[[str], Pa
             assert server.predict('{"instances": ["a"]}').status_code == 504
             assert first.result().status_code == 504
         assert server.predict('{"instances": ["b"]}').json() == {"predictions": [1]}
-        assert value(server, "serving_dropped_requests_total", model_name="custom-model") == 1
-        assert value(server, "serving_batch_rows_sum", model_name="custom-model") == 2
+        assert value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
+        assert value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 2

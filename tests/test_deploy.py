@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from serving.engine import CUDA
+from pinnace.runtimes.onnx import CUDA
 from tests.pods import Pod, pod, skip_without_namespaces
 from tests.servers import PROJECT
 from tests.test_engine import HAS_CUDA

@@ -1,4 +1,4 @@
-"""serving/errors.py: every row of the error table, raised in a running server, as each transport answers it."""
+"""pinnace/errors.py: every row of the error table, raised in a running server, as each transport answers it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import ModuleType
 import grpc
 import pytest
 
-from serving import errors
-from serving.errors import InternalError, ServingError, StartError
+from pinnace import errors
+from pinnace.errors import InternalError, ServingError, StartupError
 from tests.conftest import grpc_call
 from tests.servers import Server, running
 
@@ -74,7 +74,7 @@ def test_a_text_is_cut_where_a_clients_name_would_make_it_long(failing: Server) 
 
 
 def test_every_way_in_which_a_start_fails_has_an_exit_code_of_its_own() -> None:
-    codes = [kind.exit_code for kind in StartError.__subclasses__()]
+    codes = [kind.exit_code for kind in StartupError.__subclasses__()]
 
     assert sorted(codes) == list(range(2, 2 + len(codes)))
 

@@ -1,4 +1,4 @@
-"""serving/transports/grpc_*.py, called with google's own messages over grpcio."""
+"""pinnace/grpc_*.py, called with google's own messages over grpcio."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from bench.subject import memory_mib
 from model_export.source import Source
-from serving import __version__
-from serving.settings import MIB
+from pinnace import __version__
+from pinnace.settings import MIB
 from tests.conftest import grpc_call
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import Server, running
@@ -187,7 +187,7 @@ def test_fp16_travels_raw_in_both_directions(google: ModuleType) -> None:
 def test_the_servers_metadata_has_its_version(channel: grpc.Channel, google: ModuleType) -> None:
     answer = grpc_call(channel, google, "ServerMetadata", google.ServerMetadataRequest())
 
-    assert (answer.name, answer.version, list(answer.extensions)) == ("serving", __version__, ["classification"])
+    assert (answer.name, answer.version, list(answer.extensions)) == ("pinnace", __version__, ["classification"])
 
 
 def test_the_models_metadata_has_its_tensors_and_warns_of_seeded_weights(

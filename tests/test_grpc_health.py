@@ -16,7 +16,7 @@ import grpc
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 
-from proto.generated.descriptors import SERVICES
+from pinnace.proto.generated.descriptors import SERVICES
 from tests.servers import Server, gated, running
 from tests.test_lifecycle import rest
 
@@ -197,10 +197,10 @@ def test_reflection_knows_the_file_of_every_symbol(
     pool = DescriptorPool()
     pool.AddSerializedFile(descriptor)
     theirs = module_beside(google, file.replace(".proto", "_pb2")).DESCRIPTOR
-    assert described(pool.FindFileByName(file)) == described(theirs)
+    assert metadata(pool.FindFileByName(file)) == metadata(theirs)
 
 
-def described(file: Any) -> dict[str, list[tuple[Any, ...]]]:
+def metadata(file: Any) -> dict[str, list[tuple[Any, ...]]]:
     """Fields of the messages and methods of the services, as google.protobuf understands them."""
     messages = {
         message.full_name: [(field.name, field.number, field.type) for field in message.fields]

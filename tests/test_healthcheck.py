@@ -1,4 +1,4 @@
-"""serving/healthcheck.py: what a container's HEALTHCHECK is told."""
+"""pinnace/healthcheck.py: what a container's HEALTHCHECK is told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def elsewhere(model_dir: Path) -> Iterator[Pod]:
 
 
 def check(pod: Pod, process_id: int) -> str:
-    return pod.run(sys.executable, "-m", "serving.healthcheck", str(process_id))
+    return pod.run(sys.executable, "-m", "pinnace.process.healthcheck", str(process_id))
 
 
 def test_a_ready_server_is_healthy_at_the_port_that_its_flags_say(elsewhere: Pod) -> None:

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.errors import InvalidInput, TooLarge
-from serving.image import decode, from_base64, image_bytes
-from serving.transports.grpc_messages import PROBES
+from pinnace.errors import InvalidInput, TooLarge
+from pinnace.grpc.service import PROBES
+from pinnace.models.image import decode, from_base64, image_bytes
 from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES, V1, V2, Hostile
 from tests.pictures import CAT, MODES, v1_request
 from tests.servers import Server, running

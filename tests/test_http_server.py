@@ -1,4 +1,4 @@
-"""serving/transports/http_server.py: what becomes of connections."""
+"""pinnace/http_server.py: what becomes of connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""serving/image.py against torchvision's own preset and loader: the same pixels, to the bit."""
+"""pinnace/image.py against torchvision's own preset and loader: the same pixels, to the bit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from PIL import Image
 from model_export.export import make_card
 from model_export.source import Source
 from model_export.vision import torchvision
-from serving.errors import InvalidInput, TooLarge
-from serving.image import Preprocessing, decode, image_bytes
+from pinnace.errors import InvalidInput, TooLarge
+from pinnace.models.image import Preprocessing, decode, image_bytes
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encoded
 
 MANY_PIXELS = 100_000_000

@@ -63,7 +63,7 @@ TYPES = {
 }
 
 
-def described(message: Descriptor) -> str:
+def metadata(message: Descriptor) -> str:
     fields = []
     for one in message.fields:
         kind = one.message_type.name if one.message_type else TYPES[one.type]
@@ -77,7 +77,7 @@ def test_message(name: str, google: ModuleType) -> None:
     for part in name.split("."):
         message = getattr(message, part)
 
-    assert described(message.DESCRIPTOR) == MESSAGES[name]
+    assert metadata(message.DESCRIPTOR) == MESSAGES[name]
 
 
 @dataclass(frozen=True)

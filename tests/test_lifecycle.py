@@ -281,7 +281,7 @@ def test_a_port_in_use_ends_the_start_with_its_code_and_one_line(flag: str) -> N
         (["--model_dir=README.md"], 5, "app.py: README.md cannot be loaded ("),
         (["--predictor=no.such.module:Class"], 7, "app.py: --predictor=no.such.module:Class cannot be imported: Mod"),
         (["--predictor=tests.predictors:Absent"], 7, "app.py: --predictor=tests.predictors:Absent cannot be imported"),
-        (["--predictor=json:JSONDecoder"], 7, "app.py: --predictor=json:JSONDecoder is no subclass of serving.predi"),
+        (["--predictor=json:JSONDecoder"], 7, "app.py: --predictor=json:JSONDecoder is no subclass of pinnace.predi"),
         (["--predictor=tests.predictors:EndingLoad"], 7, "app.py: EndingLoad failed to load: SystemExit: no weights"),
         (["--predictor=tests.predictors:Unloadable"], 7, "app.py: Unloadable failed to load: RuntimeError: no such ta"),
     ],
@@ -356,7 +356,7 @@ def test_the_protocol_that_the_platform_names_is_logged() -> None:
 
 
 def test_settings_are_taken_from_the_environment(model_dir: Path) -> None:
-    environment = {**os.environ, "SERVING_MODEL_NAME": "flowers", "SERVING_MODEL_DIR": str(model_dir)}
+    environment = {**os.environ, "PINNACE_MODEL_NAME": "flowers", "PINNACE_MODEL_DIR": str(model_dir)}
     with running(environment=environment) as server:
         assert server.get("/v1/models").json() == {"models": ["flowers"]}
 
@@ -365,9 +365,9 @@ def test_the_procfiles_command_serves(model_dir: Path) -> None:
     name, _, command = (PROJECT / "Procfile").read_text().strip().partition(": ")
     environment = {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-        "SERVING_MODEL_DIR": str(model_dir),
-        "SERVING_HTTP_PORT": "0",
-        "SERVING_GRPC_PORT": "0",
+        "PINNACE_MODEL_DIR": str(model_dir),
+        "PINNACE_HTTP_PORT": "0",
+        "PINNACE_GRPC_PORT": "0",
     }
     with subprocess.Popen(
         ["bash", "-c", command], cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True

@@ -199,19 +199,19 @@ def test_a_configuration_written_for_kserve_works_unchanged(suffix: str, tmp_pat
 
     assert len(out) == 1
     assert re.fullmatch(r"MINE INFO:    \|127\.0\.0\.1:\d+\|GET /v1/models HTTP/1\.1\|200 OK", out[0])
-    assert re.match(r"MINE INFO:    \|serving\.lifecycle\|ready after", err[0])
-    assert err[-1] == "MINE INFO:    |serving.lifecycle|stopped"
+    assert re.match(r"MINE INFO:    \|pinnace\.process\.server\|ready after", err[0])
+    assert err[-1] == "MINE INFO:    |pinnace.process.server|stopped"
 
 
 def test_a_format_of_ones_own_has_asgi_loggers_atoms(tmp_path: Path) -> None:
     atoms = ["h", "m", "U", "q", "H", "s", "st", "status_code", "request_line", "r", "R", "b", "B", "p", "a", "f", "l",
-             "{x-mine}i", "{X-Mine}i", "{content-type}o", "{SERVING_TEST}e", "{absent}i", "nonsense"]  # fmt: skip
+             "{x-mine}i", "{X-Mine}i", "{content-type}o", "{PINNACE_TEST}e", "{absent}i", "nonsense"]  # fmt: skip
     form = "|".join(f"%({atom})s" for atom in atoms)
 
     def ask(server: Server) -> None:
         server.post("/v1/models?a=1", "{}", x_mine="yes", user_agent="tester")
 
-    (line,), _ = output(tmp_path, ask, f"--access_log_format={form}", SERVING_TEST="here")
+    (line,), _ = output(tmp_path, ask, f"--access_log_format={form}", PINNACE_TEST="here")
 
     found = dict(zip(atoms, line.split("|"), strict=True))
     pid = found.pop("p")
@@ -236,7 +236,7 @@ def test_a_format_of_ones_own_has_asgi_loggers_atoms(tmp_path: Path) -> None:
         "{x-mine}i": "yes",
         "{X-Mine}i": "yes",
         "{content-type}o": "application/json",
-        "{SERVING_TEST}e": "here",
+        "{PINNACE_TEST}e": "here",
         "{absent}i": "-",
         "nonsense": "-",
     }

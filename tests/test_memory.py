@@ -1,4 +1,4 @@
-"""serving/memory.py: what the C library says of its pools, in a process of its own. See test_repository as well."""
+"""pinnace/memory.py: what the C library says of its pools, in a process of its own. See test_repository as well."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.servers import PROJECT
 
 THREADS_AT_WORK = """
 import ctypes, sys, threading
-from serving.memory import share_memory
+from pinnace.memory import limit_malloc_arenas
 
 if sys.argv[1] == "shared":
-    share_memory()
+    limit_malloc_arenas()
 ready = threading.Barrier(4)
 
 def work():
@@ -35,17 +35,17 @@ libc.fflush(None)
 
 FREED = """
 import os
-from serving.memory import return_memory, share_memory
+from pinnace.memory import trim_malloc, limit_malloc_arenas
 from bench.subject import memory_mib
 
 def rss_mib():
     return memory_mib(os.getpid(), "Rss")
 
-share_memory()
+limit_malloc_arenas()
 blocks = [b"x" * 1_000_000 for _ in range(50)]
 del blocks
 kept = rss_mib()
-return_memory()
+trim_malloc()
 print(kept - rss_mib())
 """
 
@@ -53,9 +53,9 @@ print(kept - rss_mib())
 @pytest.mark.parametrize(("memory", "pools"), [("shared", 1), ("default", 5)])
 def test_all_threads_have_one_pool_instead_of_one_each(memory: str, pools: int) -> None:
     command = [sys.executable, "-c", THREADS_AT_WORK, memory]
-    described = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    metadata = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
 
-    assert described.count("<heap nr=") == pools
+    assert metadata.count("<heap nr=") == pools
 
 
 def test_what_is_kept_for_later_can_be_returned_at_once() -> None:

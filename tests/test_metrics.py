@@ -1,4 +1,4 @@
-"""serving/metrics.py: what /metrics says after real requests, read with Prometheus' own parsers."""
+"""pinnace/metrics.py: what /metrics says after real requests, read with Prometheus' own parsers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ended(server: Server) -> dict[tuple[str, str], float]:
     return {
         (dict(labels)["protocol"], dict(labels)["outcome"]): count
         for (name, labels), count in metrics(server).items()
-        if name == "serving_requests_total"
+        if name == "pinnace_requests_total"
     }
 
 
@@ -66,10 +66,10 @@ def test_kserves_histograms_have_their_names_label_and_buckets(model_dir: Path) 
         bounds = [dict(labels)["le"] for key, labels in samples if key == f"request_{name}_seconds_bucket"]
         assert ", ".join(bounds) == KSERVES_BUCKETS
     assert samples["request_predict_seconds_sum", (model,)] > 0
-    assert samples["serving_model_info", (model, ("platform", "onnxruntime_onnx"))] == 1
-    assert samples["serving_batch_rows_count", (model,)] == 3
+    assert samples["pinnace_model_info", (model, ("platform", "onnxruntime_onnx"))] == 1
+    assert samples["pinnace_batch_rows_count", (model,)] == 3
     for stage in ("read", "turn", "decode", "queue", "infer", "encode"):
-        assert samples["serving_stage_seconds_count", (("stage", stage),)] == 3
+        assert samples["pinnace_stage_seconds_count", (("stage", stage),)] == 3
 
 
 def test_requests_are_counted_by_protocol_and_outcome(google: ModuleType) -> None:
@@ -103,9 +103,9 @@ def test_what_was_answered_is_counted_with_its_bytes(google: ModuleType) -> None
         grpc_infer(server, google, "a")
 
         assert ended(server) == {("v1", "answered"): 1, ("grpc", "answered"): 1}
-        assert value(server, "serving_received_bytes_total", protocol="v1") == len(body)
-        assert value(server, "serving_sent_bytes_total", protocol="v1") == len(answer.content)
-        assert value(server, "serving_received_bytes_total", protocol="grpc") > 0
+        assert value(server, "pinnace_received_bytes_total", protocol="v1") == len(body)
+        assert value(server, "pinnace_sent_bytes_total", protocol="v1") == len(answer.content)
+        assert value(server, "pinnace_received_bytes_total", protocol="grpc") > 0
 
 
 def test_a_call_that_its_client_cancels_is_counted_so(
@@ -144,20 +144,20 @@ def wait_for(condition: Callable[[], bool], server: Server) -> None:
 def test_what_is_under_way_is_seen(tmp_path: Path, gate: Callable[[str], Path]) -> None:
     held = gate("held")
     with gated(tmp_path, predictor="GatedPredict") as server, ThreadPoolExecutor() as clients:
-        assert value(server, "serving_requests_under_way") == 0
+        assert value(server, "pinnace_requests_in_flight") == 0
         answer = clients.submit(rest, server, "held")
         with held.open("wb"):
-            assert value(server, "serving_requests_under_way") == 1
-            assert value(server, "serving_requests_at_model") == 1
+            assert value(server, "pinnace_requests_in_flight") == 1
+            assert value(server, "pinnace_requests_queued_or_running") == 1
         assert answer.result().status_code == 200
-        assert value(server, "serving_requests_under_way") == 0
+        assert value(server, "pinnace_requests_in_flight") == 0
 
 
 def test_rows_and_not_requests_make_the_size_of_a_batch() -> None:
     with running("--predictor=tests.predictors:Echo") as server:
         server.predict(json.dumps({"instances": [1, 2, 3]}))
 
-        assert value(server, "serving_batch_rows_sum", model_name="custom-model") == 3
+        assert value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 3
 
 
 def test_openmetrics_is_given_where_it_is_asked_for(server: Server) -> None:
@@ -168,7 +168,7 @@ def test_openmetrics_is_given_where_it_is_asked_for(server: Server) -> None:
         "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"
     )
     names = {family.name for family in text_string_to_metric_families(response.text)}  # type: ignore[no-untyped-call]
-    assert {"request_predict_seconds", "serving_requests", "process_resident_memory_bytes", "python_info"} <= names
+    assert {"request_predict_seconds", "pinnace_requests", "process_resident_memory_bytes", "python_info"} <= names
 
 
 def test_the_process_is_measured_too(server: Server) -> None:

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from model_export.errors import Mismatch
-from model_export.export import convert, make_card, without_idle_pools, write
+from model_export.export import convert, make_card, remove_identity_pools, write
 from model_export.source import Source, load_source
 from model_export.verify import verify
 from model_export.vision import torchvision
-from serving.classifier import Classifier
-from serving.engine import Engine
-from serving.model_card import ModelCard
-from serving.predictor import Request
-from serving.settings import Settings
-from serving.tensors import tensor_of_values
+from pinnace.models.classifier import Classifier
+from pinnace.models.model_card import ModelCard
+from pinnace.predictor import Request
+from pinnace.runtimes.onnx import OnnxSession
+from pinnace.settings import Settings
+from pinnace.tensors import tensor_of_values
 from tests.pictures import CAT, PHOTOGRAPHS, TUTORIAL_REQUEST
 from tests.servers import PROJECT
 
@@ -46,7 +46,7 @@ def export(output: Path, *arguments: str, home: Path | None = None) -> subproces
 
 
 def card_of(model_dir: Path) -> ModelCard:
-    return ModelCard.from_properties(Engine(model_dir, "cpu", 1).metadata)
+    return ModelCard.from_properties(OnnxSession(model_dir, "cpu", 1).metadata)
 
 
 def test_an_export_is_one_model_one_file_of_weights_and_their_checksums(model_dir: Path) -> None:
@@ -109,7 +109,7 @@ def test_an_average_pool_is_left_out_where_each_value_is_its_own_average(attribu
         }}""")
     pixels = np.arange(-48, 48, dtype=np.float32).reshape(2, 3, 4, 4)
 
-    made = onnx_ir.to_proto(without_idle_pools(onnx_ir.from_proto(model)))
+    made = onnx_ir.to_proto(remove_identity_pools(onnx_ir.from_proto(model)))
 
     assert [node.op_type for node in made.graph.node] == (["AveragePool", "Relu"] if kept else ["Relu"])
     expected, found = (

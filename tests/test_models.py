@@ -1,4 +1,4 @@
-"""serving/models.py: several models in one server, each on its own."""
+"""pinnace/models.py: several models in one server, each on its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.servers import Server, running, start_failing
 from tests.test_grpc import image_request
 from tests.test_metrics import metrics, value, wait_for
 
-RUN = {"serving_batches_total", "serving_batch_rows_count"}
+RUN = {"pinnace_batches_total", "pinnace_batch_rows_count"}
 PICTURE = next(iter(PHOTOGRAPHS.values()))
 
 
@@ -72,23 +72,23 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others_serving_and_is_not_read
     assert ready == {"pictures": 200, "echo": 200, "broken": 503}
     assert several.get("/v2/health/ready").status_code == 200
     assert predictions(several, "broken", "a") == 503
-    assert value(several, "serving_model_ready", model_name="broken") == 0
+    assert value(several, "pinnace_model_ready", model_name="broken") == 0
     assert any("broken is NOT SERVED, the others are: " in line and "exactly one .onnx" in line for line in several.log)
 
 
 def test_each_model_describes_itself(several: Server) -> None:
-    described = [several.get(f"/v2/models/{name}").json() for name in ("pictures", "echo", "broken")]
+    metadata = [several.get(f"/v2/models/{name}").json() for name in ("pictures", "echo", "broken")]
 
-    assert [len(model["outputs"]) for model in described] == [5, 0, 0]
-    assert [model["platform"] for model in described] == ["onnxruntime_onnx", "", "onnxruntime_onnx"]
+    assert [len(model["outputs"]) for model in metadata] == [5, 0, 0]
+    assert [model["platform"] for model in metadata] == ["onnxruntime_onnx", "", "onnxruntime_onnx"]
 
 
 def test_the_metrics_tell_models_apart(several: Server) -> None:
-    before = value(several, "serving_batch_rows_sum", model_name="echo")
+    before = value(several, "pinnace_batch_rows_sum", model_name="echo")
     predictions(several, "echo", "a", "b", "c")
 
-    assert value(several, "serving_batch_rows_sum", model_name="echo") - before == 3
-    assert value(several, "serving_model_info", model_name="pictures", platform="onnxruntime_onnx") == 1
+    assert value(several, "pinnace_batch_rows_sum", model_name="echo") - before == 3
+    assert value(several, "pinnace_model_info", model_name="pictures", platform="onnxruntime_onnx") == 1
 
 
 def test_a_directory_of_directories_is_a_model_for_each_that_holds_one(model_dir: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_runs_that_take_every_core_take_turns(gate: Callable[[str], Path]) -> No
             slow = clients.submit(predictions, server, "slow", str(held))
             run = held.open("wb")
         with run:
-            wait_for(lambda: value(server, "serving_requests_at_model") == 2, server)
+            wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 2, server)
             for _ in range(20):
                 assert {name for name, labels in metrics(server) if ("model_name", "quick") in labels}.isdisjoint(RUN)
         assert (quick.result(), slow.result()) == ([1], [1])

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from model_export.errors import BadRequest, Mismatch
 from model_export.export import MODEL_FILE, WEIGHTS_SUFFIX, write
-from model_export.quantize import error, images, smaller
-from serving.classifier import Classifier
-from serving.engine import Engine
-from serving.model_card import ModelCard
-from serving.predictor import Request
-from serving.settings import Settings
-from serving.tensors import tensor_of_values
+from model_export.quantize import error, images, quantize
+from pinnace.models.classifier import Classifier
+from pinnace.models.model_card import ModelCard
+from pinnace.predictor import Request
+from pinnace.runtimes.onnx import OnnxSession
+from pinnace.settings import Settings
+from pinnace.tensors import tensor_of_values
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import running
 
@@ -27,7 +27,7 @@ MB = 1_000_000
 
 
 def card_of(model_dir: Path) -> ModelCard:
-    return ModelCard.from_properties(Engine(model_dir, "cpu", 1).metadata)
+    return ModelCard.from_properties(OnnxSession(model_dir, "cpu", 1).metadata)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def in_precision(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     def make(precision: str) -> Path:
         if precision not in made:
             model = onnx_ir.load(model_dir / MODEL_FILE)
-            model, card = smaller(model, card_of(model_dir), model_dir, precision, *images(None))
+            model, card = quantize(model, card_of(model_dir), model_dir, precision, *images(None))
             made[precision] = tmp_path_factory.mktemp(precision)
             write(model, card, made[precision], lambda _: None)
         return made[precision]
@@ -127,7 +127,7 @@ def test_a_model_that_lost_too_much_is_refused(model_dir: Path, tmp_path: Path) 
     write(model, card, exact, lambda _: None)
 
     with pytest.raises(Mismatch, match="fp16 is too far from fp32"):
-        smaller(model, card, exact, "fp16", [CAT], "one picture")
+        quantize(model, card, exact, "fp16", [CAT], "one picture")
 
 
 def test_the_error_is_json_like_all_of_the_card(in_precision: Callable[[str], Path]) -> None:

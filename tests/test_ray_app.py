@@ -1,4 +1,4 @@
-"""serving/ray_app.py and deploy/ray/: the same server on Ray Serve's own proxy."""
+"""pinnace/ray_app.py and deploy/ray/: the same server on Ray Serve's own proxy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PICTURE = next(iter(PHOTOGRAPHS.values()))
 @pytest.fixture(scope="module")
 def environment(model_dir: Path) -> Mapping[str, str]:
     """Of a Ray of its own, with the exported model."""
-    return os.environ | {"RAY_ADDRESS": "local", "SERVING_MODEL_DIR": str(model_dir)}
+    return os.environ | {"RAY_ADDRESS": "local", "PINNACE_MODEL_DIR": str(model_dir)}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_rays_proxy_answers_as_the_server_does(proxy: httpx.Client, server: Serv
 def test_serve_build_writes_a_configuration_of_the_same_application(
     environment: Mapping[str, str], tmp_path: Path
 ) -> None:
-    command = [SERVE, "build", "serving.ray_app:app", "--output-path", str(tmp_path / "serve.yaml")]
+    command = [SERVE, "build", "pinnace.process.ray_app:app", "--output-path", str(tmp_path / "serve.yaml")]
     subprocess.run(command, cwd=PROJECT, env=environment, timeout=60, check=True)
 
     (application,) = yaml.safe_load((tmp_path / "serve.yaml").read_text())["applications"]

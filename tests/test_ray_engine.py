@@ -1,4 +1,4 @@
-"""serving/ray_engine.py: the same answers from replicas of Ray Serve, side by side, and what becomes of lost ones."""
+"""pinnace/ray_engine.py: the same answers from replicas of Ray Serve, side by side, and what becomes of lost ones."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
     on_ray: Server, server: Server, google: ModuleType
 ) -> None:
     pixels = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
-    with grpc.insecure_channel(on_ray.grpc_address) as there, grpc.insecure_channel(server.grpc_address) as here:
+    with (
+        grpc.insecure_channel(on_ray.grpc_address) as there,
+        grpc.insecure_channel(server.grpc_address) as here,
+    ):
         for request in (image_request(google, *PICTURES, id="1"), tensor_request(google, pixels, raw=True)):
             request.id = "1"
             assert grpc_call(there, google, "ModelInfer", request) == grpc_call(here, google, "ModelInfer", request)
@@ -108,12 +111,12 @@ def test_what_nobody_foresaw_is_told_to_the_log_and_not_to_the_client(on_ray: Se
 
 @needs_ray
 def test_headers_ids_and_metrics_are_those_of_the_server(on_ray: Server) -> None:
-    before = value(on_ray, "serving_batch_rows_sum", model_name="custom-model")
+    before = value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model")
     answer = on_ray.predict(v1_request(*PICTURES[:3]), x_request_id="one of ours")
 
     assert answer.headers["x-request-id"] == "one of ours"
     assert 0 < float(answer.headers["prediction-time-latency"]) < 60_000
-    assert value(on_ray, "serving_batch_rows_sum", model_name="custom-model") - before == 3
+    assert value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model") - before == 3
     assert value(on_ray, "request_predict_seconds_count", model_name="custom-model") > 0
 
 
@@ -129,7 +132,7 @@ def test_a_replica_that_is_killed_under_load_costs_no_answer_and_comes_back(on_r
 
     with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as clients:
         given = [clients.submit(answers, client) for _ in range(8)]
-        wait_for(lambda: value(on_ray, "serving_requests_at_model") > 1)
+        wait_for(lambda: value(on_ray, "pinnace_requests_queued_or_running") > 1)
         killed_at = time.monotonic()
         os.kill(min(first), signal.SIGKILL)
         assert [answer for answered in given for answer in answered.result()] == [alone] * 200
@@ -192,7 +195,7 @@ def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str]
                 assert server.predict('{"instances": []}').status_code == 400
         assert first.result().json() == {"predictions": [1]}
         assert server.predict('{"instances": ["a"]}').json() == {"predictions": [1]}
-        assert value(server, "serving_dropped_requests_total", model_name="custom-model") == 1
+        assert value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
 
 
 @needs_ray
@@ -249,7 +252,7 @@ def test_options_that_ray_refuses_end_the_start_with_one_line(flag: str) -> None
 @needs_ray
 def test_a_fraction_of_a_gpu_is_that_fraction_of_its_memory() -> None:
     code = (
-        "from serving.ray_engine import gpu_memory_percent; from serving.settings import Settings;"
+        "from pinnace.runtimes.ray_model import gpu_memory_percent; from pinnace.settings import Settings;"
         "print([gpu_memory_percent(Settings(), gpus) for gpus in (0, 0.5, 0.25, 1, 2)])"
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.command_line import default_text, environment_variable
-from serving.dataplane import DataPlane
-from serving.errors import ServingError, StartError
-from serving.metrics import Metrics
-from serving.repository import Repository
-from serving.settings import GROUPS, Settings
-from serving.transports.grpc_service import InferenceService
-from serving.transports.http_app import ROOMS
+from pinnace.errors import ServingError, StartupError
+from pinnace.grpc.inference import InferenceService
+from pinnace.http.app import ROUTERS
+from pinnace.inference.dataplane import DataPlane
+from pinnace.inference.repository import Repository
+from pinnace.observability.metrics import Metrics
+from pinnace.process.flags import default_text, environment_variable
+from pinnace.settings import GROUPS, Settings
 from tests.pictures import MODES
 from tests.servers import PROJECT, Server, running
 
@@ -151,7 +151,7 @@ def test_the_class_of_ones_own_has_about_twenty_lines() -> None:
 
 
 def test_the_texts_of_troubles_are_those_of_the_code() -> None:
-    code = "".join(file.read_text() for file in (PROJECT / "serving").rglob("*.py"))
+    code = "".join(file.read_text() for file in (PROJECT / "pinnace").rglob("*.py"))
     shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
     texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
 
@@ -214,15 +214,15 @@ def test_every_manifest_is_told_of() -> None:
 
 
 def test_the_rest_table_has_every_route_of_the_server() -> None:
-    dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
-    found = [route for room in ROOMS for route in room.routes(dataplane)]
+    dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
+    found = [route for room in ROUTERS for route in room.routes(dataplane)]
 
     shown = {row[0] for row in table("\n## What it answers\n\n")}
     assert shown == {f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in found if route.methods}
 
 
 def test_the_grpc_table_has_every_method_of_the_server() -> None:
-    dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
+    dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
 
     shown = {name for row in table("with `--enable_ui` |\n\n") for name in row[0].split(", ")}
@@ -237,11 +237,11 @@ def test_the_output_table_is_that_of_the_models_metadata(server: Server) -> None
 
 
 def test_the_metrics_are_those_of_the_code() -> None:
-    text, _ = Metrics().exposition("")
+    text, _ = Metrics().render("")
     families = list(text_string_to_metric_families(text.decode()))
 
     shown = [row[0] for row in table("\n## Metrics\n\n")]
-    assert shown == [one.name for one in families if one.name.startswith(("request_", "serving_"))]
+    assert shown == [one.name for one in families if one.name.startswith(("request_", "pinnace_"))]
 
 
 def test_the_error_table_has_every_status_of_the_code() -> None:
@@ -253,7 +253,7 @@ def test_the_error_table_has_every_status_of_the_code() -> None:
 def test_the_exit_codes_are_those_of_the_code() -> None:
     shown = {int(row[0]): row[1] for row in table("and a code of its own:\n\n")}
 
-    meanings = {kind.exit_code: str(kind.__doc__).rstrip(".").lower() for kind in StartError.__subclasses__()}
+    meanings = {kind.exit_code: str(kind.__doc__).rstrip(".").lower() for kind in StartupError.__subclasses__()}
     assert {code: text.lower() for code, text in shown.items() if code} == meanings
 
 

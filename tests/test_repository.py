@@ -1,4 +1,4 @@
-"""serving/repository.py: loading and unloading of served models, over REST and gRPC."""
+"""pinnace/repository.py: loading and unloading of served models, over REST and gRPC."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import grpc
 import httpx
 import pytest
 
-from serving.repository import MOST_CHANGES
+from pinnace.inference.repository import MAX_PENDING_CHANGES
 from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
 from tests.servers import Server, gated, running
@@ -263,12 +263,12 @@ def test_more_changes_than_may_wait_are_refused(from_file: Server, tmp_path: Pat
     client.unload()
     (tmp_path / "model").unlink()
     os.mkfifo(tmp_path / "model")
-    with ThreadPoolExecutor(MOST_CHANGES + 1) as clients:
-        answers = [clients.submit(client.load) for _ in range(MOST_CHANGES + 1)]
+    with ThreadPoolExecutor(MAX_PENDING_CHANGES + 1) as clients:
+        answers = [clients.submit(client.load) for _ in range(MAX_PENDING_CHANGES + 1)]
         with (tmp_path / "model").open("w"):
             refused = next(as_completed(answers, timeout=30))
             assert refused.result() == (503, "The server is at its limit of loads and unloads; try again.")
-        assert sum(isinstance(answer.result(), dict) for answer in answers) == MOST_CHANGES
+        assert sum(isinstance(answer.result(), dict) for answer in answers) == MAX_PENDING_CHANGES
 
 
 def test_the_extension_is_named_where_it_is_on(from_file: Server, server: Server) -> None:
@@ -277,6 +277,6 @@ def test_the_extension_is_named_where_it_is_on(from_file: Server, server: Server
 
 
 def test_prometheus_hears_which_model_is_loaded(from_file: Server, google: ModuleType) -> None:
-    assert 'serving_model_ready{model_name="custom-model"} 1.0' in from_file.get("/metrics").text
+    assert 'pinnace_model_ready{model_name="custom-model"} 1.0' in from_file.get("/metrics").text
     Client(from_file, google, "REST").unload()
-    assert 'serving_model_ready{model_name="custom-model"} 0.0' in from_file.get("/metrics").text
+    assert 'pinnace_model_ready{model_name="custom-model"} 0.0' in from_file.get("/metrics").text

@@ -1,4 +1,4 @@
-"""serving/transports/rest_docs.py: the API described, for machines and for people."""
+"""pinnace/rest_docs.py: the API described, for machines and for people."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import yaml
 from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import validate
 
-from serving import __version__
-from serving.dataplane import DataPlane
-from serving.metrics import Metrics
-from serving.repository import Repository
-from serving.settings import Settings
-from serving.transports.http_app import ROOMS
-from serving.transports.rest_docs import DOCUMENT
+from pinnace import __version__
+from pinnace.http.app import ROUTERS
+from pinnace.http.docs import DOCUMENT
+from pinnace.inference.dataplane import DataPlane
+from pinnace.inference.repository import Repository
+from pinnace.observability.metrics import Metrics
+from pinnace.settings import Settings
 from tests.browser import needs_browser, opened
 from tests.servers import Server, running
 
@@ -54,8 +54,8 @@ def test_the_document_is_there_and_the_page_is_not_unless_it_is_wished_for(serve
 
 
 def test_the_document_has_every_route_of_the_server() -> None:
-    dataplane = DataPlane(Repository([], Metrics(), may_change=False), Settings(), Metrics())
-    routes = [route for room in ROOMS for route in room.routes(dataplane)]
+    dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
+    routes = [route for room in ROUTERS for route in room.routes(dataplane)]
 
     found = {("post" if "POST" in (route.methods or ()) else "get", route.path) for route in routes}
     assert found == set(OPERATIONS)

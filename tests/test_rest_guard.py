@@ -1,4 +1,4 @@
-"""serving/transports/rest_guard.py: bodies that are too large, never end, or that nobody reads."""
+"""pinnace/rest_guard.py: bodies that are too large, never end, or that nobody reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""serving/transports/rest_page.py and page.html: what a browser shows at /, with no internet."""
+"""pinnace/rest_page.py and page.html: what a browser shows at /, with no internet."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, gate: Call
         busy = clients.submit(server.post, "/v1/models/slow:predict", body)
         with held.open("wb"):
             give(page, "drop")
-            wait_for(lambda: value(server, "serving_requests_under_way") == 2, server)
+            wait_for(lambda: value(server, "pinnace_requests_in_flight") == 2, server)
             give(page, "drop", b"%PDF-1.7", "a.pdf", "application/pdf")
             expect(page.locator("#problem")).to_contain_text("a.pdf is no picture")
         assert busy.result().status_code == 200

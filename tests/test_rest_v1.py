@@ -1,4 +1,4 @@
-"""serving/transports/rest_v1.py, asked by curl and httpx as the tutorial's readers would."""
+"""pinnace/rest_v1.py, asked by curl and httpx as the tutorial's readers would."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from model_export.source import Source
-from serving.classifier import Classifier
-from serving.predictor import Request
-from serving.settings import Settings
-from serving.tensors import tensor_of_values
+from pinnace.models.classifier import Classifier
+from pinnace.predictor import Request
+from pinnace.settings import Settings
+from pinnace.tensors import tensor_of_values
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, TUTORIAL_REQUEST, v1_request
 from tests.servers import Server, running
 from tests.test_classifier import original_logits

@@ -1,4 +1,4 @@
-"""serving/transports/rest_v2*.py: inference in JSON and in binary, and what is said of the server and its models."""
+"""pinnace/rest_v2*.py: inference in JSON and in binary, and what is said of the server and its models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from model_export.source import Source
-from serving import __version__
+from pinnace import __version__
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import Server, running
 from tests.test_image import torchvisions_pixels
@@ -364,7 +364,7 @@ def test_fp16_travels_in_binary_only(echo: Server) -> None:
 def test_the_server_says_what_it_is(server: Server) -> None:
     extensions = ["binary_tensor_data", "classification"]
 
-    assert server.get("/v2").json() == {"name": "serving", "version": __version__, "extensions": extensions}
+    assert server.get("/v2").json() == {"name": "pinnace", "version": __version__, "extensions": extensions}
     assert server.get("/v2/models").json() == {"models": ["custom-model"]}
     assert server.get("/v2/models/custom-model/ready").json() == {"name": "custom-model", "ready": True}
 

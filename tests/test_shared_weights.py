@@ -1,4 +1,4 @@
-"""serving/shared_weights.py: the weights of several workers, once on disk and once in memory."""
+"""pinnace/shared_weights.py: the weights of several workers, once on disk and once in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from bench.subject import children, memory_mib
-from serving.engine import PREPARED_WEIGHTS, Engine, prepare
-from serving.shared_weights import VARIABLE, shared_model
+from pinnace.runtimes.onnx import PREPACKED_WEIGHTS, OnnxSession, write_prepacked_model
+from pinnace.runtimes.shared_weights import VARIABLE, shared_model
 from tests.pictures import CAT, v1_request
 from tests.servers import READY, Server, is_alive, running, wait_for
 from tests.test_supervisor import TWO
@@ -59,19 +59,19 @@ def test_two_workers_hold_the_weights_once_and_answer_as_one_does(
 
     assert answers == {server.predict(v1_request(CAT)).text}
     assert max(own) < weights_mib / 2
-    assert [PREPARED_WEIGHTS in text for text in maps] == [True, True]
-    assert list(tmp_path.glob("serving-*")) == []
+    assert [PREPACKED_WEIGHTS in text for text in maps] == [True, True]
+    assert list(tmp_path.glob("pinnace-*")) == []
 
 
 def test_a_worker_alone_has_its_weights_for_itself(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
 
-    assert shared_model(model_dir / "model.onnx", prepare) is None
+    assert shared_model(model_dir / "model.onnx", write_prepacked_model) is None
 
 
 def test_workers_that_start_at_once_prepare_the_weights_once(model_dir: Path, folder: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        files = set(pool.map(lambda _: shared_model(model_dir / "model.onnx", prepare), range(4)))
+        files = set(pool.map(lambda _: shared_model(model_dir / "model.onnx", write_prepacked_model), range(4)))
 
     (file,) = files
     assert file
@@ -80,22 +80,22 @@ def test_workers_that_start_at_once_prepare_the_weights_once(model_dir: Path, fo
 
 def test_a_prepared_model_says_of_itself_what_the_original_says(model_dir: Path, folder: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(5, 3, 224, 224)).astype(np.float32)
-    shared = Engine(model_dir, "cpu", 1)
+    shared = OnnxSession(model_dir, "cpu", 1)
     os.environ.pop(VARIABLE)
-    own = Engine(model_dir, "cpu", 1)
+    own = OnnxSession(model_dir, "cpu", 1)
 
     assert shared.metadata == own.metadata
     np.testing.assert_array_equal(shared.run({"pixels": rows})["logits"], own.run({"pixels": rows})["logits"])
 
 
 def test_what_a_killed_worker_has_begun_is_made_anew(model_dir: Path, folder: Path) -> None:
-    file = shared_model(model_dir / "model.onnx", prepare)
+    file = shared_model(model_dir / "model.onnx", write_prepacked_model)
     assert file
     file.parent.rename(begun := file.parent.with_suffix(".part"))
-    (begun / PREPARED_WEIGHTS).write_bytes(b"")
+    (begun / PREPACKED_WEIGHTS).write_bytes(b"")
 
-    assert shared_model(model_dir / "model.onnx", prepare) == file
-    assert (file.parent / PREPARED_WEIGHTS).stat().st_size > 0
+    assert shared_model(model_dir / "model.onnx", write_prepacked_model) == file
+    assert (file.parent / PREPACKED_WEIGHTS).stat().st_size > 0
     assert not begun.exists()
 
 
@@ -103,12 +103,12 @@ def test_on_a_full_disk_each_worker_has_its_own_weights_and_says_so_once(
     model_dir: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with files_no_larger_than(1024 * 1024), caplog.at_level("INFO"):
-        engine = Engine(model_dir, "cpu", 1)
+        engine = OnnxSession(model_dir, "cpu", 1)
 
     assert engine.run({"pixels": np.zeros((1, 3, 224, 224), np.float32)})["logits"].shape == (1, 1000)
-    warning, loaded = caplog.messages
+    warning, open_dataplane = caplog.messages
     assert warning.startswith("the workers share no weights, each has its own in memory: ")
-    assert loaded == "model.onnx runs on cpu, 1 threads"
+    assert open_dataplane == "model.onnx runs on cpu, 1 threads"
     assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
@@ -119,4 +119,4 @@ def test_workers_whose_supervisor_was_killed_leave_nothing_on_the_disk(model_dir
         two.process.kill()
 
         wait_for(lambda: not any(is_alive(worker) for worker in workers))
-    assert list(tmp_path.glob("serving-*")) == []
+    assert list(tmp_path.glob("pinnace-*")) == []

@@ -1,4 +1,4 @@
-"""serving/storage.py: models from an S3 of our own, from the web and from paths; whole, or not at all."""
+"""pinnace/storage.py: models from an S3 of our own, from the web and from paths; whole, or not at all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 
-from serving import storage
-from serving.errors import BadSetting, DownloadFailed
-from serving.storage import CHECKSUMS, fetch, public
+from pinnace.errors import ConfigurationError, DownloadError
+from pinnace.models import storage
+from pinnace.models.storage import CHECKSUMS, fetch, redact_uri
 from tests.pictures import CAT, v1_request
 from tests.pods import NAMESPACES, pod, skip_without_namespaces
 from tests.servers import PROJECT, READY, START_SECONDS, Server, is_alive, running, start_failing, wait_for
@@ -142,7 +142,7 @@ def test_a_model_that_is_not_what_its_checksums_say_is_not_kept(client: S3, tmp_
     client.put_model(b"text")
     client.put("model", b"tex.")
 
-    with pytest.raises(DownloadFailed, match=rf"^model of --storage_uri={URI} is not what its SHA256SUMS says$"):
+    with pytest.raises(DownloadError, match=rf"^model of --storage_uri={URI} is not what its SHA256SUMS says$"):
         fetch(URI, tmp_path)
     assert in_cache(tmp_path) == []
 
@@ -150,7 +150,7 @@ def test_a_model_that_is_not_what_its_checksums_say_is_not_kept(client: S3, tmp_
 def test_a_model_that_lacks_a_file_is_not_kept(client: S3, tmp_path: Path) -> None:
     client.put(CHECKSUMS, f"{'0' * 64}  model\n".encode())
 
-    with pytest.raises(DownloadFailed, match=f"^--storage_uri={URI} lacks model, which its SHA256SUMS names$"):
+    with pytest.raises(DownloadError, match=f"^--storage_uri={URI} lacks model, which its SHA256SUMS names$"):
         fetch(URI, tmp_path)
     assert in_cache(tmp_path) == []
 
@@ -170,7 +170,7 @@ def test_an_earlier_download_outlives_a_failed_one(client: S3, tmp_path: Path) -
     kept = fetch(URI, tmp_path)
     client.put(CHECKSUMS, f"{'0' * 64}  model\n".encode())
 
-    with pytest.raises(DownloadFailed):
+    with pytest.raises(DownloadError):
         fetch(URI, tmp_path)
     assert in_cache(tmp_path) == [kept.name]
     assert (kept / "model").read_bytes() == b"text"
@@ -249,7 +249,7 @@ def test_a_download_ends_with_the_server_that_wanted_it(tmp_path: Path) -> None:
 def downloading(uri: str) -> list[int]:
     """The processes that do."""
     command_lines = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
-    return [int(name) for name, line in command_lines.items() if f"serving.storage\0{uri}".encode() in line]
+    return [int(name) for name, line in command_lines.items() if f"pinnace.models.storage\0{uri}".encode() in line]
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
@@ -289,7 +289,7 @@ def one_file(model_dir: Path, file: Path) -> Path:
 def test_without_the_library_a_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(storage, "LIBRARY", "a_library_that_is_not_installed")
 
-    with pytest.raises(BadSetting, match=r"pip install -r requirements-storage\.txt"):
+    with pytest.raises(ConfigurationError, match=r"pip install -r requirements-storage\.txt"):
         fetch(URI, tmp_path)
 
 
@@ -302,4 +302,4 @@ def test_without_the_library_a_start_says_what_to_install(monkeypatch: pytest.Mo
     ],
 )
 def test_secrets_of_an_address_are_never_shown(uri: str, shown: str) -> None:
-    assert public(uri) == shown
+    assert redact_uri(uri) == shown

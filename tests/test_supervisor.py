@@ -1,4 +1,4 @@
-"""serving/supervisor.py: several processes that look like one server."""
+"""pinnace/supervisor.py: several processes that look like one server."""
 
 from __future__ import annotations
 
@@ -251,6 +251,6 @@ def test_the_metrics_of_all_workers_add_up_to_what_the_clients_sent(model_dir: P
 
         for _ in range(6):  # of whichever worker
             assert ended(server) == {("v1", "answered"): 12, ("v1", "invalid"): 12, ("grpc", "answered"): 12}
-            assert value(server, "serving_stage_seconds_count", stage="infer") == 24
-            assert value(server, "serving_requests_under_way") == 0
-            assert value(server, "serving_model_ready", model_name="custom-model") == 1
+            assert value(server, "pinnace_stage_seconds_count", stage="infer") == 24
+            assert value(server, "pinnace_requests_in_flight") == 0
+            assert value(server, "pinnace_model_ready", model_name="custom-model") == 1

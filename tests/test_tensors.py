@@ -1,4 +1,4 @@
-"""serving/tensors.py: every datatype, there and back, and what is no tensor."""
+"""pinnace/tensors.py: every datatype, there and back, and what is no tensor."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from serving.errors import InvalidInput
-from serving.tensors import DTYPES, Tensor, raw_of_tensor, tensor_of_lists, tensor_of_raw, tensor_of_values
+from pinnace.errors import InvalidInput
+from pinnace.tensors import DTYPES, Tensor, raw_of_tensor, tensor_of_lists, tensor_of_raw, tensor_of_values
 
 numeric = st.sampled_from([dtype for name, dtype in DTYPES.items() if name != "BYTES"])
 array = numeric.flatmap(lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0)))

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pinnace.proto.generated import inference as pb
+from pinnace.proto.wire import DecodeError, decode, first_text
 from proto.generate import generate
-from proto.generated import inference as pb
-from proto.wire import DecodeError, decode, first_text
 from tests.servers import PROJECT
 
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
@@ -259,4 +259,4 @@ def test_generating_the_messages_again_changes_nothing(tmp_path: Path) -> None:
     def written(folder: Path) -> dict[Path, str]:
         return {file.relative_to(folder): file.read_text() for file in folder.rglob("*.py")}
 
-    assert written(tmp_path) == written(PROJECT / "proto/generated")
+    assert written(tmp_path) == written(PROJECT / "pinnace/proto/generated")

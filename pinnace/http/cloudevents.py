@@ -1,0 +1,63 @@
+"""CloudEvents around V1 requests and their answers, as KServe's eventing sends them: structured, or in headers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pinnace.errors import InvalidInput
+from pinnace.http.request import media_type
+from pinnace.settings import Settings
+
+STRUCTURED_TYPE = "application/cloudevents+json"
+REQUIRED = ("specversion", "id", "source", "type")
+SPEC_VERSIONS = ("1.0", "0.3")
+PREFIX = "ce-"
+# What an answer has of its own even where it takes over the request's attributes.
+NOT_MERGED = ("data", "datacontenttype", "id", "time")
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """How a request came, and so how it is answered: `form` is structured, binary (in headers), or empty for no event.
+
+    `attributes` are those of the request's event, extensions included.
+    """
+
+    form: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def around(self, content: Any, model_name: str, settings: Settings) -> tuple[Any, dict[str, str]]:
+        """The content, in an event of its own where the request was one, and the headers that say so."""
+        if not self.form:
+            return content, {"content-type": "application/json"}
+        merged = self.attributes if settings.ce_merge else {}
+        attributes = {
+            **{name: value for name, value in merged.items() if name not in NOT_MERGED},
+            "specversion": "1.0",
+            "id": str(uuid.uuid4()),
+            "source": settings.ce_source or f"io.kserve.inference.{model_name}",
+            "type": settings.ce_type,
+            "time": datetime.now(UTC).isoformat(),
+        }
+        if self.form == "structured":
+            return {**attributes, "data": content}, {"content-type": STRUCTURED_TYPE}
+        metadata = {f"{PREFIX}{name}": str(value) for name, value in attributes.items()}
+        return content, {"content-type": "application/json", **metadata}
+
+
+def opened(payload: Any, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
+    """The data of a structured event, known by its type or by its looks, else the payload. Raises InvalidInput."""
+    structured = media_type(headers) == STRUCTURED_TYPE
+    if structured or (isinstance(payload, dict) and all(name in payload for name in (*REQUIRED, "time", "data"))):
+        for name in (*REQUIRED, "data"):
+            if not isinstance(payload, dict) or name not in payload:
+                raise InvalidInput(f'not a CloudEvent: "{name}" is missing')
+        if payload["specversion"] not in SPEC_VERSIONS:
+            raise InvalidInput(f'not a CloudEvent: "specversion" must be one of {", ".join(SPEC_VERSIONS)}')
+        return payload["data"], Envelope("structured", payload) if structured else Envelope()
+    attributes = {name.removeprefix(PREFIX): value for name, value in headers.items() if name.startswith(PREFIX)}
+    return payload, Envelope("binary", attributes) if all(name in attributes for name in REQUIRED) else Envelope()

@@ -1,0 +1,93 @@
+"""The API described: as OpenAPI for machines, and as Swagger UI, offline, for people."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pybase64
+from starlette.requests import Request as HttpRequest
+from starlette.responses import FileResponse, HTMLResponse
+from starlette.responses import Response as HttpResponse
+from starlette.routing import Route
+
+from pinnace import __version__
+from pinnace.http.json import dump_json
+from pinnace.http.v1_codec import PredictExchange
+from pinnace.inference.dataplane import DataPlane
+from pinnace.inference.model import Model
+from pinnace.settings import Settings
+from pinnace.tensors import Tensor
+
+DOCUMENT = Path(__file__).with_name("openapi.yaml")
+ASSETS = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
+
+# Addresses are relative: a proxy may serve it all below a path of its own.
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Model server</title>
+<link rel="icon" href="docs/favicon-32x32.png">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="docs"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#docs", validatorUrl: null})</script>
+</body>
+</html>
+"""
+
+
+def routes(dataplane: DataPlane) -> list[Route]:
+    @cache
+    def metadata() -> bytes:
+        return dump_json(_document(list(dataplane.repository), dataplane.settings))
+
+    async def openapi(_: HttpRequest) -> HttpResponse:
+        return HttpResponse(await asyncio.to_thread(metadata), media_type="application/json")
+
+    async def page(_: HttpRequest) -> HttpResponse:
+        return HTMLResponse(PAGE)
+
+    document = Route("/openapi.json", openapi)
+    return [document, Route("/docs", page), *_assets()] if dataplane.settings.enable_docs_url else [document]
+
+
+def _assets() -> list[Route]:
+    from swagger_ui_bundle import swagger_ui_path  # only who shows the page needs it
+
+    def asset(name: str) -> Route:
+        async def send(_: HttpRequest) -> HttpResponse:
+            return FileResponse(swagger_ui_path / name)
+
+        return Route(f"/docs/{name}", send)
+
+    return [asset(name) for name in ASSETS]
+
+
+def _document(models: list[Model], settings: Settings) -> Any:
+    """The file, with what only the running server knows; the examples are the first model's."""
+    import yaml  # takes a tenth of a second to load and read this file, and few ask for it
+
+    document = yaml.safe_load(DOCUMENT.read_text())
+    document["info"]["version"] = __version__
+    document["components"]["parameters"]["Model"]["schema"]["enum"] = [model.name for model in models]
+    instances = list(models[0].metadata.example)
+    if instances:
+        exchange = PredictExchange(models[0].name, {}, "json", dump_json({"instances": instances}), settings)
+        schemas = document["components"]["schemas"]
+        schemas["Instances"]["example"] = {"instances": instances}
+        schemas["InferenceRequest"]["example"] = {"inputs": [_input(tensor) for tensor in exchange.decode().inputs]}
+    return document
+
+
+def _input(tensor: Tensor) -> dict[str, Any]:
+    data = tensor.array.reshape(-1).tolist()
+    if tensor.datatype == "BYTES":
+        data = [pybase64.b64encode(element).decode() for element in data]
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "data": data}

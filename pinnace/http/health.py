@@ -1,0 +1,31 @@
+"""What operators and platforms ask: is the server ready, is it live, what does it do."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+from starlette.routing import Route
+
+from pinnace.http.response import json_response
+from pinnace.inference.dataplane import DataPlane
+
+
+def routes(dataplane: DataPlane) -> list[Route]:
+    async def live(_: HttpRequest) -> HttpResponse:
+        return json_response({"live": True})
+
+    async def ready(_: HttpRequest) -> HttpResponse:
+        return json_response({"ready": dataplane.repository.ready}, 200 if dataplane.repository.ready else 503)
+
+    async def metrics(request: HttpRequest) -> HttpResponse:
+        accept = request.headers.get("accept", "")
+        text, content_type = await asyncio.to_thread(dataplane.metrics.render, accept)
+        return HttpResponse(text, headers={"content-type": content_type})
+
+    return [
+        Route("/metrics", metrics),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+    ]

@@ -1,0 +1,157 @@
+"""The predictor of image classifiers exported by model_export. For another kind of model, replace this file."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pinnace.errors import InvalidInput, ModelLoadError, TooLarge, one_line
+from pinnace.models import image
+from pinnace.models.model_card import ModelCard
+from pinnace.predictor import Arrays, Predictor, Request, RequestedOutput, Response
+from pinnace.runtimes.onnx import OnnxSession
+from pinnace.tensors import Tensor, TensorSpec
+
+DEFAULT_OUTPUT = "output-0"
+TOP = 5
+TRAFFIC_LIGHT = (  # a picture of 24 x 18 pixels
+    "iVBORw0KGgoAAAANSUhEUgAAABgAAAASBAMAAACzwgOtAAAAGFBMVEWuloWGgYhtfZtWdKR4XVJcUkxIW3QtKyrKZn0kAAAAgUlE"
+    "QVR42l3OMQoCQQxA0Z8Ya2fQzmaOoLgXELyed7K1E+ysFmth5gDuxEJ3XE2VwCN82fEdnewYwGzP4wJYBmy4rvM/ex8SCo1puuXx"
+    "AfU+YZpobA6eWW0M4sdug0EXACJgB8ChdAtBlzHwPJ5PSEJra+jRVJ0y5vTIT5sDkL28AAHuH2+T7HipAAAAAElFTkSuQmCC"
+)
+TENSOR_DATATYPES = ("FP16", "FP32", "FP64", "INT64")  # JSON has one kind of number: whole ones arrive as INT64
+
+
+class Classifier(Predictor):
+    """Images, or tensors that a transformer prepared, to the five highest logits of each."""
+
+    inputs = (TensorSpec("input-0", "BYTES", (-1,)),)
+    platform = "onnxruntime_onnx"
+    example = ({"image": {"b64": TRAFFIC_LIGHT}},)
+
+    def load(self) -> None:
+        """Raises ModelMissing, ModelDamaged and DeviceMissing."""
+        self.engine = OnnxSession(
+            self.model_dir, self.settings.device, self.settings.threads, self.settings.gpu_memory_percent
+        )
+        self.uses_all_cores = self.engine.device == "cpu"
+        try:
+            self.card = card = ModelCard.from_properties(self.engine.metadata)
+        except (KeyError, ValueError) as error:
+            raise ModelLoadError(
+                f"{self.model_dir} lacks the metadata that `python -m model_export` writes ({error}); export it again, "
+                "or name the class of another kind of model with --predictor"
+            ) from error
+        self.warning = card.warning
+        self.properties = {
+            "architecture": card.architecture,
+            "weights": card.weights,
+            "precision": card.precision,
+            "device": self.engine.device,
+        }
+        self.preprocessing = image.Preprocessing(
+            card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std, self.settings.fast_decode
+        )
+        self.row_shape = (3, card.crop_pixels, card.crop_pixels)
+        self.labels = np.array([label.encode() for label in card.labels], object)
+        top = min(TOP, len(self.labels))
+        self.outputs = (
+            TensorSpec(DEFAULT_OUTPUT, "FP32", (-1, top)),
+            TensorSpec("indices", "INT64", (-1, top)),
+            TensorSpec("probabilities", "FP32", (-1, top)),
+            TensorSpec("labels", "BYTES", (-1, top)),
+            TensorSpec("logits", "FP32", (-1, len(self.labels))),
+        )
+        self._warm_up()
+
+    def preprocess(self, request: Request) -> Arrays:
+        """Images or prepared tensors, of one input or of several in a row, to `pixels`, FP32 [rows, 3, crop, crop]."""
+        if request.instances and len(request.inputs) > 1:
+            raise InvalidInput(f"the model takes one value an instance, not {len(request.inputs)}")
+        pixels = [array for tensor in request.inputs for array in self._pixels(tensor)]
+        return {"pixels": np.concatenate(pixels) if len(pixels) > 1 else pixels[0]}
+
+    def predict(self, rows: Arrays) -> Arrays:
+        return self.engine.run(rows)
+
+    def postprocess(self, predictions: Arrays, request: Request) -> Response:
+        """The requested outputs, `output-0` if none is; and, as the tutorial's model, how long it all took."""
+        logits = predictions["logits"]
+        order = np.argsort(-logits, axis=1, kind="stable")
+        requested = request.outputs or (RequestedOutput(DEFAULT_OUTPUT),)
+        outputs = [self._output(output, logits, order) for output in requested]
+        milliseconds = (time.perf_counter() - request.started_at) * 1000
+        return Response(outputs, {"prediction-time-latency": str(round(milliseconds, 9))})
+
+    def _output(self, output: RequestedOutput, logits: NDArray[np.float32], order: NDArray[np.int64]) -> Tensor:
+        """One output of the rows; `order` has each row's classes, the highest first."""
+        values = _softmax(logits) if output.name == "probabilities" else logits
+        classes = output.parameters.get("classification")
+        if classes is not None:
+            return self._classification(output.name, classes, values, order)
+        if output.name == "logits":
+            return Tensor(output.name, logits)
+        highest = order[:, :TOP]
+        if output.name == "indices":
+            return Tensor(output.name, highest)
+        if output.name == "labels":
+            return Tensor(output.name, self.labels[highest])
+        return Tensor(output.name, np.take_along_axis(values, highest, axis=1))
+
+    def _classification(self, name: str, classes: Any, values: NDArray[np.float32], order: NDArray[np.int64]) -> Tensor:
+        """Triton's extension: the highest classes of each row as `value:index:label`."""
+        if name in ("indices", "labels"):
+            raise InvalidInput(f"output '{name}' cannot be classified: request {DEFAULT_OUTPUT} or probabilities so")
+        if not isinstance(classes, int) or isinstance(classes, bool) or not 1 <= classes <= len(self.labels):
+            raise InvalidInput(f"output '{name}': classification must be a number from 1 to {len(self.labels)}")
+        highest = order[:, :classes]
+        texts = np.empty(highest.shape, object)
+        for (row, column), index in np.ndenumerate(highest):
+            texts[row, column] = b"%f:%d:%s" % (values[row, index], index, self.labels[index])
+        return Tensor(name, texts)
+
+    def _pixels(self, tensor: Tensor) -> list[NDArray[np.float32]]:
+        """Prepared ones where they lie, in what came over the network."""
+        if tensor.datatype != "BYTES":
+            return [self._prepared(tensor)]
+        return [self._image(tensor.name, row, element)[np.newaxis] for row, element in enumerate(tensor.array.flat)]
+
+    def _warm_up(self) -> None:
+        """The first run allocates memory and starts threads, and shows whether the model runs at all."""
+        try:
+            logits = self.predict({"pixels": np.zeros((1, *self.row_shape), np.float32)})["logits"]
+        except Exception as error:  # ONNX Runtime's exceptions have no class in common
+            raise ModelLoadError(
+                f"{self.model_dir} does not run ({one_line(error)}); export the model again"
+            ) from error
+        if logits.shape != (1, len(self.card.labels)):
+            raise ModelLoadError(f"{self.model_dir} has {logits.shape[-1]} logits for {len(self.card.labels)} labels")
+
+    def _image(self, name: str, row: int, element: bytes) -> NDArray[np.float32]:
+        try:
+            shorter_pixels = self.card.resize_pixels if self.settings.fast_decode else 0
+            picture = image.decode(image.image_bytes(element), self.settings.max_image_pixels, shorter_pixels)
+            return self.preprocessing(picture)
+        except (InvalidInput, TooLarge) as error:
+            raise type(error)(f"input '{name}', row {row}: {error}") from None
+
+    def _prepared(self, tensor: Tensor) -> NDArray[np.float32]:
+        if tensor.datatype not in TENSOR_DATATYPES or tensor.shape[1:] != self.row_shape:
+            raise InvalidInput(
+                f"input '{tensor.name}' is {tensor.datatype} of shape {list(tensor.shape)}: neither BYTES with an "
+                f"image a row, nor FP32 of shape [rows, {', '.join(map(str, self.row_shape))}]"
+            )
+        with np.errstate(over="ignore"):
+            pixels = np.require(tensor.array, np.float32, ["C", "ALIGNED"])  # numbers read in place may be neither
+        if not np.isfinite(pixels).all():
+            raise InvalidInput(f"input '{tensor.name}' has values that are not finite FP32 numbers")
+        return pixels
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return shares

@@ -1,0 +1,100 @@
+"""Which models there are: their names, where each lies, which predictor serves it and on which engine."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pinnace.errors import ConfigurationError, PredictorError, StartupError, one_line
+from pinnace.inference.local_model import LocalModel, ModelContext
+from pinnace.inference.model import Model
+from pinnace.memory import collect_and_freeze
+from pinnace.models.storage import MOUNTED, model_of
+from pinnace.predictor import Predictor
+from pinnace.settings import DEFAULT_PREDICTOR, Settings
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PATHS = (MOUNTED, Path(__file__).parent.parent.parent / "model")
+
+
+def make_models(settings: Settings, shared: ModelContext) -> list[Model]:
+    """The models of the settings, not loaded yet. Raises StartError."""
+    paths = _model_paths(settings)
+    predictors = _predictors(settings.predictor, paths)
+    if settings.engine == "ray":
+        from pinnace.runtimes.ray_model import RayModel  # which imports Ray
+
+        model_class: type[LocalModel | RayModel] = RayModel
+    else:
+        model_class = LocalModel
+    return [
+        model_class(predictors[name], replace(settings, model_name=name), path, shared) for name, path in paths.items()
+    ]
+
+
+def load(models: Sequence[Model], require_all: bool = False) -> None:
+    """One after the other. One of several may fail, unless `every` is wanted, and is not ready then.
+
+    Raises StartError where none can be had.
+    """
+    failures: dict[str, StartupError] = {}
+    for model in models:
+        try:
+            model.load()
+        except StartupError as error:
+            failures[model.name] = error
+    if len(failures) == len(models) or (require_all and failures):
+        raise next(iter(failures.values()))
+    collect_and_freeze()
+    for name, failure in failures.items():
+        logger.error("%s is NOT SERVED, the others are: %s", name, failure)
+
+
+def _model_paths(settings: Settings) -> dict[str, Path | None]:
+    """Where each model lies."""
+    if not settings.model:
+        found = (path for path in DEFAULT_PATHS if path.exists())
+        path = settings.model_dir or model_of(settings) or next(found, None)
+        return {**_models_in(path)} or {settings.model_name: path}
+    paths: dict[str, Path | None] = {}
+    for text in settings.model:
+        name, _, directory = text.partition("=")
+        if name in paths:
+            raise ConfigurationError(f"--model names {name} twice")
+        paths[name] = Path(directory) if directory else None
+    return paths
+
+
+def _models_in(path: Path | None) -> dict[str, Path]:
+    """Of a directory with nothing but directories, those that hold an exported model."""
+    try:
+        if not path or not path.is_dir() or not all(entry.is_dir() for entry in path.iterdir()):
+            return {}
+        return {entry.name: entry for entry in sorted(path.iterdir()) if any(entry.glob("*.onnx"))}
+    except PermissionError:  # as its load will say
+        return {}
+
+
+def _predictors(texts: Sequence[str], paths: Mapping[str, Path | None]) -> dict[str, type[Predictor]]:
+    """The predictor of each model: the one with its name before, or else the one without a name."""
+    classes = {name: path for name, _, path in (text.rpartition("=") for text in texts)}
+    if unknown := classes.keys() - {"", *paths}:
+        raise ConfigurationError(f"--predictor names {min(unknown)}, which is no model: there are {', '.join(paths)}")
+    return {name: _predictor_class(classes.get(name) or classes.get("") or DEFAULT_PREDICTOR) for name in paths}
+
+
+def _predictor_class(path: str) -> type[Predictor]:
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        raise PredictorError(
+            f"--predictor={path} cannot be imported: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Predictor)):
+        raise PredictorError(f"--predictor={path} is no subclass of pinnace.predictor.Predictor")
+    return found

@@ -1,0 +1,137 @@
+"""One line a request, of either protocol: as uvicorn writes it, or in a format made of asgi-logger's atoms."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import grpc
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pinnace.observability.logging import ACCESS_LOGGER, FORMATTED_ACCESS_LOGGER, REQUEST_ID, status_phrase
+
+REQUEST_ID_HEADER = b"x-request-id"
+MAX_REQUEST_ID_BYTES = 200
+
+plain = logging.getLogger(ACCESS_LOGGER)
+formatted = logging.getLogger(FORMATTED_ACCESS_LOGGER)
+
+
+class AccessLogMiddleware:
+    """Pure ASGI middleware, which also carries x-request-id through; `write` is for who serves without ASGI."""
+
+    def __init__(self, app: ASGIApp, access_log_format: str) -> None:
+        self._app = app
+        self._format = access_log_format
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_at = time.perf_counter()
+        request_id = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")[:MAX_REQUEST_ID_BYTES]
+        REQUEST_ID.set(request_id.decode("latin-1"))  # of this task alone
+        status: int | str = 0
+        sent_bytes = 0
+        response_headers: list[tuple[bytes, bytes]] = []
+
+        async def seen(message: Message) -> None:
+            nonlocal status, sent_bytes, response_headers
+            if message["type"] == "http.response.start":
+                response_headers = list(message.get("headers", ()))
+                if request_id:
+                    response_headers.append((REQUEST_ID_HEADER, request_id))
+                status, message = message["status"], {**message, "headers": response_headers}
+            elif message["type"] == "http.response.trailers":
+                status = _grpc_status(message["headers"])
+            sent_bytes += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, seen)
+        finally:
+            write(self._format, scope, status, sent_bytes, response_headers, time.perf_counter() - started_at)
+
+
+def write(
+    access_log_format: str,
+    scope: Mapping[str, Any],
+    status: int | str,
+    sent_bytes: int,
+    response_headers: Iterable[tuple[bytes, bytes]],
+    seconds: float,
+) -> None:
+    """A line in the given format, else in uvicorn's; no line has anything of a body. A gRPC status is its name."""
+    if not access_log_format:
+        plain.info(
+            '%s - "%s %s HTTP/%s" %s', _address(scope), scope["method"], _target(scope), scope["http_version"], status
+        )
+        return
+    formatted.info(access_log_format, Atoms(scope, status, sent_bytes, response_headers, seconds))
+
+
+class Atoms(dict[str, Any]):
+    """What a format may name, as asgi-logger calls it; anything else is "-"."""
+
+    def __init__(
+        self,
+        scope: Mapping[str, Any],
+        status: int | str,
+        sent_bytes: int,
+        response_headers: Iterable[tuple[bytes, bytes]],
+        seconds: float,
+    ) -> None:
+        client, path = scope.get("client") or ("-", 0), scope["raw_path"].decode("latin-1")
+        protocol = f"HTTP/{scope['http_version']}"
+        request_line = f"{scope['method']} {_target(scope)} {protocol}"
+        headers = {f"{{{name.decode('latin-1')}}}i": value.decode("latin-1") for name, value in scope["headers"]}
+        headers |= {f"{{{name.decode('latin-1')}}}o": value.decode("latin-1") for name, value in response_headers}
+        super().__init__(
+            headers,
+            h=client[0],
+            client_addr=_address(scope),
+            t=time.strftime("[%d/%b/%Y:%H:%M:%S %z]"),
+            r=f"{scope['method']} {path} {protocol}",
+            R=request_line,
+            request_line=request_line,
+            m=scope["method"],
+            U=path,
+            q=scope["query_string"].decode("latin-1"),
+            H=protocol,
+            s=status,
+            st=status_phrase(status).partition(" ")[2],
+            status_code=status_phrase(status),
+            B=sent_bytes,
+            b=sent_bytes or "-",
+            f=headers.get("{referer}i", "-"),
+            a=headers.get("{user-agent}i", "-"),
+            T=int(seconds),
+            M=int(seconds * 1e3),
+            D=int(seconds * 1e6),
+            L=f"{seconds:.6f}",
+            p=f"<{os.getpid()}>",
+        )
+
+    def __missing__(self, name: str) -> str:
+        if name.startswith("{") and name.endswith("}e"):
+            return os.environ.get(name[1:-2], "-")
+        return str(self[name.lower()]) if name.startswith("{") and name != name.lower() else "-"
+
+
+def _address(scope: Mapping[str, Any]) -> str:
+    host, port = scope.get("client") or ("-", 0)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _target(scope: Mapping[str, Any]) -> str:
+    """As it was on the wire: decoded, it could hold a line break."""
+    path, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
+    return f"{path}?{query}" if query else path
+
+
+def _grpc_status(trailers: Iterable[tuple[bytes, bytes]]) -> str:
+    number = int(dict(trailers)[b"grpc-status"])
+    return next(code.name for code in grpc.StatusCode if code.value[0] == number)

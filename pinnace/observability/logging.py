@@ -1,0 +1,199 @@
+"""Log lines: KServe's format and loggers unless a file says otherwise, or JSON for machines.
+
+Configurations written for KServe name its loggers, and classes and loggers of uvicorn, which is not installed: the
+class names are taken for the ones here, access lines go to the logger `uvicorn.access` as there, and what this server
+and Hypercorn say is handled as `kserve` and `uvicorn.error` are.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import logging
+import logging.config
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+from pinnace.errors import ConfigurationError, InternalError, ServingError, one_line
+from pinnace.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+ACCESS_LOGGER = "uvicorn.access"
+FORMATTED_ACCESS_LOGGER = "access"  # where KServe's --access_log_format writes
+LATENCY_LOGGER = "kserve.trace"
+LOGGER_PARENTS = {"pinnace": "kserve", "hypercorn.error": "uvicorn.error"}
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+"""The client's x-request-id, of the request that is being answered."""
+
+DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+RESET = "\033[0m"
+COLOURS = {"DEBUG": "\033[36m", "INFO": "\033[32m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[91m"}
+
+
+class DefaultFormatter(logging.Formatter):
+    """As uvicorn's: knows `%(levelprefix)s`, the level with a colon in a column, coloured on a terminal if wished."""
+
+    def __init__(self, fmt: str | None = None, datefmt: str | None = None, style: Any = "%", use_colors: bool = False):
+        super().__init__(fmt, datefmt, style)
+        self._use_colors = bool(use_colors)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        name = record.levelname
+        shown = f"{COLOURS.get(name, '')}{name}{RESET}" if self._use_colors else name
+        record.__dict__["shownlevel"] = shown
+        record.__dict__["levelprefix"] = f"{shown}:{' ' * (8 - len(name))}"
+        return super().formatMessage(record)
+
+
+class AccessFormatter(DefaultFormatter):
+    """As uvicorn's: knows `%(client_addr)s`, `%(request_line)s` and `%(status_code)s` of an access line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple) and len(record.args) == 5:
+            client, method, path, version, status = record.args
+            record.__dict__ |= {
+                "client_addr": client,
+                "request_line": f"{method} {path} HTTP/{version}",
+                "status_code": status_phrase(status),
+            }
+        return super().formatMessage(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """A line of JSON a record, with what the record carries as `extra`."""
+
+    STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if REQUEST_ID.get():
+            entry["request_id"] = REQUEST_ID.get()
+        entry |= {name: value for name, value in vars(record).items() if name not in self.STANDARD}
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+def banner(text: str) -> list[str]:
+    """Lines that nobody can miss."""
+    rule = "=" * 100
+    return [rule, text, rule]
+
+
+def to_client_error(error: BaseException) -> ServingError:
+    """What a client may be told: the error itself; of one that nobody foresaw nothing, and the log has it."""
+    if isinstance(error, ServingError):
+        return error
+    logger.error("request %s failed", REQUEST_ID.get() or "N.A.", exc_info=error)
+    return InternalError()
+
+
+def status_phrase(status: Any) -> str:
+    """`200 OK`, or what there is of it."""
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
+
+
+def configure_logging(settings: Settings, environment: Mapping[str, str]) -> None:
+    """Raises BadSetting."""
+    level = environment.get("KSERVE_LOGLEVEL", "INFO").upper()
+    if level not in COLOURS:
+        raise ConfigurationError(f"KSERVE_LOGLEVEL must be one of {', '.join(COLOURS)}, not {level}")
+    if not settings.configure_logging:
+        return
+    for name, kserves in LOGGER_PARENTS.items():
+        logging.getLogger(name).parent = logging.getLogger(kserves)
+    file = settings.log_config_file
+    try:
+        if file is None:
+            colours = bool(sys.stderr and sys.stderr.isatty()) and not environment.get("NO_COLOR")
+            configure(_default_configuration(level, settings.log_format, colours))
+        elif file.suffix == ".json":
+            configure(json.loads(file.read_text()))
+        elif file.suffix in (".yaml", ".yml"):
+            import yaml  # only who has such a file needs it
+
+            configure(yaml.safe_load(file.read_text()))
+        else:
+            ini = configparser.RawConfigParser()
+            ini.read_string(_ours(file.read_text()))
+            logging.config.fileConfig(ini, disable_existing_loggers=False)
+    except Exception as error:  # dictConfig raises nearly anything
+        raise ConfigurationError(f"--log_config_file={file} cannot be used: {one_line(error)}") from error
+
+
+def configure(configuration: dict[str, Any]) -> None:
+    """For a predictor that brings its own: as logging.config.dictConfig; those written for KServe work unchanged."""
+    logging.config.dictConfig(_ours(configuration))
+
+
+def _ours(configuration: Any) -> Any:
+    """The same with uvicorn's classes replaced, and without silencing loggers that it does not name."""
+    if isinstance(configuration, str):
+        return configuration.replace("uvicorn.logging.", f"{__name__}.")
+    if isinstance(configuration, list):
+        return [_ours(item) for item in configuration]
+    if not isinstance(configuration, dict):
+        return configuration
+    replaced = {name: _ours(item) for name, item in configuration.items()}
+    if "version" in replaced:
+        replaced.setdefault("disable_existing_loggers", False)
+    return replaced
+
+
+def _default_configuration(level: str, log_format: str, colours: bool) -> dict[str, Any]:
+    location = "[%(filename)s:%(funcName)s():%(lineno)d]"
+    formatters: dict[str, Any] = {
+        "default": {
+            "()": f"{__name__}.DefaultFormatter",
+            "fmt": f"%(asctime)s.%(msecs)03d %(process)d %(name)s %(shownlevel)s {location} %(message)s",
+            "datefmt": DATE_FORMAT,
+            "use_colors": colours,
+        },
+        "access": {
+            "()": f"{__name__}.AccessFormatter",
+            "fmt": "%(asctime)s.%(msecs)03d %(name)s %(levelprefix)s %(client_addr)s %(process)d - "
+            '"%(request_line)s" %(status_code)s',
+            "datefmt": DATE_FORMAT,
+        },
+        "trace": {"format": "%(asctime)s.%(msecs)03d %(process)d %(name)s %(message)s", "datefmt": DATE_FORMAT},
+        "bare": {"format": "%(message)s"},
+    }
+    if log_format == "json":
+        formatters = {name: {"()": f"{__name__}.JsonFormatter"} for name in formatters}
+    streams = dict.fromkeys(("default", "trace"), "ext://sys.stderr") | dict.fromkeys(
+        ("access", "bare"), "ext://sys.stdout"
+    )
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": formatters,
+        "handlers": {
+            name: {"class": "logging.StreamHandler", "formatter": name, "stream": stream}
+            for name, stream in streams.items()
+        },
+        "root": {"handlers": ["default"], "level": level},
+        "loggers": {
+            **{
+                name: {"handlers": [handler], "level": "INFO", "propagate": False}
+                for name, handler in {
+                    ACCESS_LOGGER: "access",
+                    LATENCY_LOGGER: "trace",
+                    FORMATTED_ACCESS_LOGGER: "bare",
+                }.items()
+            },
+            "hypercorn.error": {"level": "WARNING"},  # its start-up lines repeat ours
+        },
+    }

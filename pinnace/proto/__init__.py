@@ -1,0 +1,1 @@
+"""Protocol buffers: the generated messages, and the strict decoder that reads them."""
