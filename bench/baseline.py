@@ -20,7 +20,7 @@ from pinnace.memory import limit_malloc_arenas
 from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
-from pinnace.tensors import tensor_of_values
+from pinnace.tensors import Tensor
 
 BATCH = 16  # the best of 4, 8, 16 and 32, or within 2 % of it (measured)
 
@@ -55,7 +55,7 @@ def answer(classifier: Classifier, request: Request) -> None:
 
 def alone_seconds(classifier: Classifier, image: bytes, seconds: float) -> float:
     """The median time of one image at a time, on all cores."""
-    request = Request("", (tensor_of_values("", "BYTES", [1], [image]),))
+    request = Request("", (Tensor.from_values("", "BYTES", [1], [image]),))
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         started_at = time.perf_counter()
@@ -66,7 +66,7 @@ def alone_seconds(classifier: Classifier, image: bytes, seconds: float) -> float
 
 def images_per_second(classifier: Classifier, image: bytes, seconds: float) -> float:
     """A thread a core, each with batches and with one thread of the engine: nothing waits for anything."""
-    request = Request("", (tensor_of_values("", "BYTES", [BATCH], [image] * BATCH),))
+    request = Request("", (Tensor.from_values("", "BYTES", [BATCH], [image] * BATCH),))
     done = [0] * available_cpus()
     started_at = time.perf_counter()
 

@@ -23,7 +23,7 @@ from pinnace.models.image import SIGNATURES
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
 from pinnace.settings import Settings
-from pinnace.tensors import tensor_of_values
+from pinnace.tensors import Tensor
 
 WORTH_HALVING_BYTES = 4096  # biases stay exact
 LEAST_COSINE = {"fp16": 0.9999, "int8": 0.99}  # of an image's logits with those in fp32
@@ -162,7 +162,7 @@ def _rows(directory: Path, pictures: Sequence[bytes]) -> Iterator[Mapping[str, N
     """Each image as the server prepares it."""
     classifier = _classifier(directory)
     for image in pictures:
-        yield classifier.preprocess(Request("model", (tensor_of_values("image", "BYTES", [1], [image]),)))
+        yield classifier.preprocess(Request("model", (Tensor.from_values("image", "BYTES", [1], [image]),)))
 
 
 def _logits(directory: Path, prepared: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float32]:

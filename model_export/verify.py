@@ -15,7 +15,7 @@ from model_export.vision import torchvision
 from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
-from pinnace.tensors import tensor_of_values
+from pinnace.tensors import Tensor
 
 MOST_LOGITS_DIFFERENCE = 1e-4
 MOST_PIXELS_DIFFERENCE = 1e-6
@@ -58,7 +58,7 @@ def compare(source: Source, model_dir: Path) -> Differences:
     paths = photographs()
     classifier = Classifier(Settings(device="cpu"), model_dir)
     classifier.load()
-    images = tensor_of_values("image", "BYTES", [len(paths)], [path.read_bytes() for path in paths])
+    images = Tensor.from_values("image", "BYTES", [len(paths)], [path.read_bytes() for path in paths])
     rows = classifier.preprocess(Request("model", (images,)))
     logits = classifier.predict(rows)["logits"]
     originals = [source.preset(torchvision.datasets.folder.pil_loader(str(path))) for path in paths]

@@ -96,7 +96,7 @@ class ModelNotReady(ServingError, http_status=503, grpc_status="UNAVAILABLE", ou
         super().__init__(f"Model with name {name} is not ready.")
 
 
-class DeadlineExceeded(ServingError, http_status=504, grpc_status="DEADLINE_EXCEEDED", outcome="late", retry=True):
+class DeadlineExceeded(ServingError, http_status=504, grpc_status="DEADLINE_EXCEEDED", outcome="timeout", retry=True):
     """The answer would come later than --request_timeout_seconds allows. Raised by dataplane."""
 
     def __init__(self, seconds: int) -> None:

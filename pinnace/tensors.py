@@ -1,4 +1,7 @@
-"""Tensors of the Open Inference Protocol and their encodings: typed values, raw bytes and nested lists."""
+"""Tensors of the Open Inference Protocol, and their encodings: typed values, raw bytes and nested lists.
+
+The protocol: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BYTES": np.dtype(object),
 }
 DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()}
-KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
-"""Kinds of numbers that a kind of datatype takes: whole ones are FP32 as well, since JSON does not tell them apart."""
+ACCEPTED_KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
+"""The kinds of numpy dtypes whose values a kind of datatype accepts. Floats accept whole numbers: JSON has one type."""
 MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a model takes or gives; a dimension of -1 has any size."""
+    """The name, datatype and shape of an input or output. A dimension of -1 can have any size.
+
+    `datatype` is one of the Open Inference Protocol: BOOL, INT8 to INT64, UINT8 to UINT64, FP16, FP32, FP64 or BYTES.
+    """
 
     name: str
     datatype: str
@@ -45,13 +51,73 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A named array. BYTES is an object array of `bytes`; every other datatype has its numpy dtype."""
+    """A named array. BYTES is an object array of `bytes`; every other datatype has the numpy dtype of that name."""
 
     name: str
     array: NDArray[Any]
 
+    @classmethod
+    def from_values(cls, name: str, datatype: str, shape: Iterable[int], values: Sequence[Any]) -> Tensor:
+        """Return a tensor with the given values in row-major order.
+
+        Args:
+            name: The tensor's name.
+            datatype: A datatype of the Open Inference Protocol.
+            shape: The tensor's shape; an empty one is a scalar.
+            values: `bytes` for BYTES; for other datatypes numbers, flat or in lists nested as the shape says.
+
+        Raises:
+            InvalidInput: The datatype is unknown, or the values do not fit it or the shape.
+        """
+        dtype = _get_dtype(name, datatype)
+        if datatype == "BYTES":
+            array = np.empty(len(values), object)
+            array[:] = values
+        else:
+            array = _to_numbers(name, datatype, dtype, values)
+        return cls(name, _reshape(name, array, shape))
+
+    @classmethod
+    def from_raw(cls, name: str, datatype: str, shape: Iterable[int], raw: bytes | memoryview) -> Tensor:
+        """Return a tensor with the values in `raw`, little-endian; numbers are not copied.
+
+        Each element of BYTES stands behind its length, a uint32, as in Triton's binary data extension
+        (https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md).
+
+        Raises:
+            InvalidInput: The datatype is unknown, or the bytes do not fit it or the shape.
+        """
+        dtype = _get_dtype(name, datatype)
+        if datatype == "BYTES":
+            return cls.from_values(name, datatype, shape, _split_elements(name, raw))
+        if len(raw) % dtype.itemsize:
+            raise InvalidInput(f"input '{name}': {len(raw)} bytes are not a whole number of {datatype} values")
+        return cls(name, _reshape(name, np.frombuffer(raw, dtype), shape))
+
+    @classmethod
+    def from_lists(cls, name: str, lists: Sequence[Any]) -> Tensor:
+        """Return a tensor with one row per item: INT64, UINT64, FP64, BOOL or BYTES.
+
+        Args:
+            name: The tensor's name.
+            lists: `bytes` objects, or numbers or booleans in nested JSON lists.
+
+        Raises:
+            InvalidInput: The lists are ragged, or mix kinds of values.
+        """
+        if all(isinstance(item, bytes) for item in lists):
+            return cls.from_values(name, "BYTES", [len(lists)], lists)
+        try:
+            array = np.asarray(lists)
+        except (ValueError, OverflowError):  # ragged, or an integer beyond 64 bits
+            raise InvalidInput(f"'{name}': the instances are not numbers in lists of one shape") from None
+        if array.dtype not in (np.int64, np.uint64, np.float64, np.bool_):
+            raise InvalidInput(f"'{name}': the instances are not all numbers, or not all of one kind")
+        return cls(name, array)
+
     @property
     def datatype(self) -> str:
+        """Return the datatype of the Open Inference Protocol. Raises TypeError if the dtype has none."""
         try:
             return DATATYPES[self.array.dtype]
         except KeyError:
@@ -59,108 +125,67 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return the shape of the array."""
         return self.array.shape
 
     @property
-    def rows(self) -> int:
-        """Instances in it: elements of BYTES, else the first axis; a scalar is one."""
+    def num_rows(self) -> int:
+        """Return the number of rows: the elements of BYTES, else the size of the first axis; a scalar is one row."""
         return self.array.size if self.datatype == "BYTES" else self.shape[0] if self.shape else 1
 
-
-def tensor_of_values(name: str, datatype: str, shape: Iterable[int], values: Sequence[Any]) -> Tensor:
-    """From values in row-major order: elements of BYTES, or numbers, flat or in lists as deep as the shape.
-
-    Raises InvalidInput.
-    """
-    dtype = _dtype(name, datatype)
-    if datatype == "BYTES":
-        array = np.empty(len(values), object)
-        array[:] = values
-    else:
-        array = _numbers(name, datatype, dtype, values)
-    return Tensor(name, _shaped(name, array, shape))
+    def to_raw(self) -> bytes:
+        """Return the values as little-endian bytes: the inverse of `from_raw`."""
+        if self.datatype == "BYTES":
+            return b"".join(struct.pack("<I", len(element)) + element for element in self.array.flat)
+        return self.array.tobytes()
 
 
-def tensor_of_raw(name: str, datatype: str, shape: Iterable[int], raw: bytes | memoryview) -> Tensor:
-    """From little-endian bytes, without copying numbers; BYTES elements each stand behind a uint32 length.
-
-    Raises InvalidInput.
-    """
-    dtype = _dtype(name, datatype)
-    if datatype == "BYTES":
-        return tensor_of_values(name, datatype, shape, _split(name, raw))
-    if len(raw) % dtype.itemsize:
-        raise InvalidInput(f"input '{name}': {len(raw)} bytes are no whole number of {datatype} values")
-    return Tensor(name, _shaped(name, np.frombuffer(raw, dtype), shape))
-
-
-def tensor_of_lists(name: str, lists: Sequence[Any]) -> Tensor:
-    """From nested JSON lists of numbers, booleans or bytes, one item a row: INT64, FP64, BOOL or BYTES.
-
-    Raises InvalidInput where the lists are ragged or mix kinds.
-    """
-    if all(isinstance(item, bytes) for item in lists):
-        return tensor_of_values(name, "BYTES", [len(lists)], lists)
-    try:
-        array = np.asarray(lists)
-    except (ValueError, OverflowError):  # ragged, or an integer beyond 64 bits
-        raise InvalidInput(f"'{name}': the instances are not numbers in lists of one shape") from None
-    if array.dtype not in (np.int64, np.uint64, np.float64, np.bool_):
-        raise InvalidInput(f"'{name}': the instances are not all numbers, or not all of one kind")
-    return Tensor(name, array)
-
-
-def raw_of_tensor(tensor: Tensor) -> bytes:
-    """The inverse of tensor_of_raw."""
-    if tensor.datatype == "BYTES":
-        return b"".join(struct.pack("<I", len(element)) + element for element in tensor.array.flat)
-    return tensor.array.tobytes()
-
-
-def _dtype(name: str, datatype: str) -> np.dtype[Any]:
+def _get_dtype(name: str, datatype: str) -> np.dtype[Any]:
     try:
         return DTYPES[datatype]
     except KeyError:
-        raise InvalidInput(f"input '{name}': its datatype is none of {', '.join(DTYPES)}") from None
+        raise InvalidInput(f"input '{name}': its datatype is not one of {', '.join(DTYPES)}") from None
 
 
-def _numbers(name: str, datatype: str, dtype: np.dtype[Any], values: Sequence[Any]) -> NDArray[Any]:
+def _to_numbers(name: str, datatype: str, dtype: np.dtype[Any], values: Sequence[Any]) -> NDArray[Any]:
     try:
-        # Alone, numpy makes floats of small and huge whole numbers side by side.
-        huge = dtype == np.uint64 and isinstance(values, list) and all(type(value) is int for value in values)
-        given = np.asarray(values, np.uint64 if huge else None).reshape(-1)
+        # Without an explicit dtype numpy makes floats of small and huge whole numbers side by side.
+        is_huge = dtype == np.uint64 and isinstance(values, list) and all(type(value) is int for value in values)
+        given = np.asarray(values, np.uint64 if is_huge else None).reshape(-1)
     except (ValueError, OverflowError):  # ragged, or an integer beyond 64 bits
         raise InvalidInput(f"input '{name}': its values are not {datatype} in lists of one shape") from None
     if given.dtype == dtype or given.size == 0:
         return given.astype(dtype, copy=False)
-    if given.dtype.kind not in KINDS[dtype.kind]:
+    if given.dtype.kind not in ACCEPTED_KINDS[dtype.kind]:
         raise InvalidInput(f"input '{name}': its values are not {datatype}")
     with np.errstate(over="ignore"):
         array = given.astype(dtype, copy=False)
-    if not (_fits(given, dtype) if dtype.kind in "iu" else np.array_equal(np.isinf(array), np.isinf(given))):
+    if not (_is_in_range(given, dtype) if dtype.kind in "iu" else np.array_equal(np.isinf(array), np.isinf(given))):
         raise InvalidInput(f"input '{name}': a value lies outside {datatype}")
     return array
 
 
-def _fits(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+def _is_in_range(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:
     limits = np.iinfo(dtype)
     return bool(limits.min <= array.min() and array.max() <= limits.max)
 
 
-def _shaped(name: str, array: NDArray[Any], shape: Iterable[int]) -> NDArray[Any]:
-    """Give a flat array its shape. An empty shape is a scalar: proto3 clients leave out the shape of one image."""
+def _reshape(name: str, array: NDArray[Any], shape: Iterable[int]) -> NDArray[Any]:
+    """Give a flat array its shape. An empty shape is a scalar: proto3 clients omit the shape of a single image."""
     dimensions = list(shape)
     if len(dimensions) > MAX_DIMENSIONS or any(size < 0 for size in dimensions):
-        raise InvalidInput(f"input '{name}': its shape has a negative or more than {MAX_DIMENSIONS} dimensions")
+        raise InvalidInput(
+            f"input '{name}': its shape must have at most {MAX_DIMENSIONS} dimensions, none of them negative"
+        )
     if math.prod(dimensions) != array.size:
-        raise InvalidInput(f"input '{name}': its shape asks for another number of values than the {array.size} sent")
+        raise InvalidInput(f"input '{name}': its shape does not match the {array.size} values that were sent")
     try:
         return array.reshape(dimensions)
     except ValueError:  # a zero beside a dimension that numpy cannot count
         raise InvalidInput(f"input '{name}': its shape is out of range") from None
 
 
-def _split(name: str, raw: bytes | memoryview) -> list[bytes]:
+def _split_elements(name: str, raw: bytes | memoryview) -> list[bytes]:
     elements, start = [], 0
     while start < len(raw):
         if start + 4 > len(raw):

@@ -1,4 +1,4 @@
-"""Writes pinnace/proto/generated from the .proto files: `make proto`. A tool of development; the server never imports it."""
+"""Generates pinnace/proto/generated from the .proto files, for `make proto`. The server never imports this tool."""
 
 from __future__ import annotations
 

@@ -19,10 +19,11 @@ import grpc
 import pytest
 
 from pinnace.errors import InvalidInput
-from pinnace.inference.batch import Prepared
+from pinnace.inference.batch import PreprocessedRequest
 from pinnace.inference.batching import PIPELINE_DEPTH, Batcher
 from pinnace.inference.scheduler import Scheduler
 from pinnace.observability.metrics import Metrics
+from pinnace.observability.timings import RequestTimings
 from tests.servers import Server, running
 from tests.test_grpc import image_request
 from tests.test_metrics import ended, value, wait_for
@@ -149,7 +150,7 @@ def test_nothing_is_decoded_during_a_run_that_takes_every_core(gate: Callable[[s
             later = [clients.submit(sizes, server, name) for name in "abc"]
             wait_for(lambda: value(server, "pinnace_requests_in_flight") == 4, server)
             for _ in range(20):
-                assert value(server, "pinnace_stage_seconds_count", stage="decode") == 1
+                assert value(server, "pinnace_requests_queued_or_running") == 1
         assert [answer.result() for answer in (first, *later)] == [[1], [3], [3], [3]]
 
 
@@ -188,8 +189,8 @@ def test_rows_that_are_lists_run_together_as_arrays_do(gate: Callable[[str], Pat
 @pytest.mark.parametrize(
     ("predictor", "problem"),
     [
-        ("TooFew", "predict was given 2 rows and gave 1 of rows"),
-        ("NoRows", "preprocess must give arrays with as many rows in each, one at least, and gave {0}"),
+        ("TooFew", "predict received 2 rows and returned 1 of rows"),
+        ("NoRows", "preprocess must return arrays that have the same number of rows, at least 1; it returned [0]"),
     ],
 )
 def test_a_predictor_that_loses_rows_is_found_out(predictor: str, problem: str) -> None:
@@ -210,12 +211,12 @@ async def test_what_a_client_sent_is_forgotten_when_it_leaves_though_the_model_i
     threads, free = Scheduler(decoders=1), threading.Event()
     batcher = Batcher(MODEL, threads, Metrics(), max_batch_size=1, max_batch_delay_ms=0)
 
-    def decode(body: Body) -> Prepared:
+    def decode(body: Body) -> PreprocessedRequest:
         free.wait()
         raise InvalidInput("that was long enough")
 
     async def ask(body: Body) -> None:
-        await batcher.answered(partial(decode, body), lambda *_: None)
+        await batcher.submit(partial(decode, body), lambda *_: None, RequestTimings())
 
     def leaving() -> tuple[asyncio.Task[None], weakref.ref[Body]]:
         body = Body()

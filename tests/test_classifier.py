@@ -21,7 +21,7 @@ from pinnace.models import image
 from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
-from pinnace.tensors import Tensor, tensor_of_values
+from pinnace.tensors import Tensor
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, encoded
 from tests.test_image import torchvisions_pixels
 
@@ -36,7 +36,7 @@ def classifier(model_dir: Path) -> Classifier:
 
 
 def images(*pictures: bytes) -> Request:
-    return Request("alexnet", (tensor_of_values("image", "BYTES", [len(pictures)], pictures),))
+    return Request("alexnet", (Tensor.from_values("image", "BYTES", [len(pictures)], pictures),))
 
 
 def logits_of(classifier: Classifier, request: Request) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pinnace.errors import InvalidInput, TooLarge
-from pinnace.grpc.service import PROBES
+from pinnace.grpc.service import PUBLIC_METHODS
 from pinnace.models.image import decode, from_base64, image_bytes
 from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES, V1, V2, Hostile
 from tests.pictures import CAT, MODES, v1_request
@@ -100,7 +100,7 @@ def test_over_grpc_it_is_an_invalid_argument_in_flat_memory(port: str, message: 
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
-@pytest.mark.parametrize("method", sorted(PROBES))
+@pytest.mark.parametrize("method", sorted(PUBLIC_METHODS))
 def test_a_probe_of_many_fields_is_not_read_to_its_end(method: str, port: str, victim: Server) -> None:
     """It is read on the event loop, and needs no key: 99,000 fields kept everybody waiting for 88 ms."""
     number = victim.grpc_port if port == "gRPC port" else victim.http_port

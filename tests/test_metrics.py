@@ -68,7 +68,7 @@ def test_kserves_histograms_have_their_names_label_and_buckets(model_dir: Path) 
     assert samples["request_predict_seconds_sum", (model,)] > 0
     assert samples["pinnace_model_info", (model, ("platform", "onnxruntime_onnx"))] == 1
     assert samples["pinnace_batch_rows_count", (model,)] == 3
-    for stage in ("read", "turn", "decode", "queue", "infer", "encode"):
+    for stage in ("read", "decode_queue", "decode", "queue", "infer", "encode"):
         assert samples["pinnace_stage_seconds_count", (("stage", stage),)] == 3
 
 

@@ -25,7 +25,7 @@ from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
 from pinnace.runtimes.onnx import OnnxSession
 from pinnace.settings import Settings
-from pinnace.tensors import tensor_of_values
+from pinnace.tensors import Tensor
 from tests.pictures import CAT, PHOTOGRAPHS, TUTORIAL_REQUEST
 from tests.servers import PROJECT
 
@@ -84,7 +84,7 @@ def test_another_architecture_is_exported_and_served_with_its_own_preset(tmp_pat
     classifier = Classifier(Settings(), tmp_path)
     classifier.load()
 
-    rows = classifier.preprocess(Request("resnet18", (tensor_of_values("image", "BYTES", [1], [CAT]),)))
+    rows = classifier.preprocess(Request("resnet18", (Tensor.from_values("image", "BYTES", [1], [CAT]),)))
     logits = classifier.predict(rows)["logits"]
 
     with torch.inference_mode():
@@ -257,7 +257,7 @@ def test_pretrained_weights_give_the_tutorials_answer_for_the_tutorials_picture(
         )
     classifier = Classifier(Settings(), tmp_path)
     classifier.load()
-    request = Request("alexnet", (tensor_of_values("image", "BYTES", [1], [PHOTOGRAPHS["the tutorial's"]]),))
+    request = Request("alexnet", (Tensor.from_values("image", "BYTES", [1], [PHOTOGRAPHS["the tutorial's"]]),))
 
     predictions = classifier.predict(classifier.preprocess(request))
 

@@ -19,7 +19,7 @@ from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
 from pinnace.runtimes.onnx import OnnxSession
 from pinnace.settings import Settings
-from pinnace.tensors import tensor_of_values
+from pinnace.tensors import Tensor
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import running
 
@@ -51,7 +51,7 @@ def logits(model_dir: Path) -> NDArray[np.float32]:
     classifier = Classifier(Settings(device="cpu"), model_dir)
     classifier.load()
     pictures = list(PHOTOGRAPHS.values())
-    request = Request("model", (tensor_of_values("image", "BYTES", [len(pictures)], pictures),))
+    request = Request("model", (Tensor.from_values("image", "BYTES", [len(pictures)], pictures),))
     found: NDArray[np.float32] = classifier.predict(classifier.preprocess(request))["logits"]
     return found
 

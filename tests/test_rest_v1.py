@@ -16,7 +16,7 @@ from model_export.source import Source
 from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
-from pinnace.tensors import tensor_of_values
+from pinnace.tensors import Tensor
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, TUTORIAL_REQUEST, v1_request
 from tests.servers import Server, running
 from tests.test_classifier import original_logits
@@ -106,7 +106,7 @@ def test_every_instance_gets_a_row_in_its_order(server: Server, original: Source
 def test_a_tensor_that_a_transformer_prepared_is_answered_as_its_image(server: Server, model_dir: Path) -> None:
     classifier = Classifier(Settings(), model_dir)
     classifier.load()
-    pixels = classifier.preprocess(Request("", (tensor_of_values("", "BYTES", [2], [CAT, MODES["BMP"]]),)))["pixels"]
+    pixels = classifier.preprocess(Request("", (Tensor.from_values("", "BYTES", [2], [CAT, MODES["BMP"]]),)))["pixels"]
 
     response = server.predict(json.dumps({"instances": [{"data": row.tolist()} for row in pixels]}))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pinnace.errors import InvalidInput
-from pinnace.tensors import DTYPES, Tensor, raw_of_tensor, tensor_of_lists, tensor_of_raw, tensor_of_values
+from pinnace.tensors import DTYPES, Tensor
 
 numeric = st.sampled_from([dtype for name, dtype in DTYPES.items() if name != "BYTES"])
 array = numeric.flatmap(lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0)))
@@ -21,7 +21,7 @@ array = numeric.flatmap(lambda dtype: arrays.arrays(dtype, arrays.array_shapes(m
 def test_numbers_of_every_datatype_survive_raw_bytes(values: Any) -> None:
     tensor = Tensor("x", values)
 
-    again = tensor_of_raw("x", tensor.datatype, tensor.shape, raw_of_tensor(tensor))
+    again = Tensor.from_raw("x", tensor.datatype, tensor.shape, tensor.to_raw())
 
     assert again.array.dtype == values.dtype
     np.testing.assert_array_equal(again.array, values)
@@ -29,20 +29,20 @@ def test_numbers_of_every_datatype_survive_raw_bytes(values: Any) -> None:
 
 @given(st.lists(st.binary()))
 def test_bytes_survive_raw_bytes(elements: list[bytes]) -> None:
-    tensor = tensor_of_values("x", "BYTES", [len(elements)], elements)
+    tensor = Tensor.from_values("x", "BYTES", [len(elements)], elements)
 
-    assert tensor_of_raw("x", "BYTES", [len(elements)], raw_of_tensor(tensor)).array.tolist() == elements
+    assert Tensor.from_raw("x", "BYTES", [len(elements)], tensor.to_raw()).array.tolist() == elements
 
 
 def test_raw_numbers_are_read_in_place() -> None:
     raw = np.arange(6, dtype=np.float32).tobytes()
 
-    assert not tensor_of_raw("x", "FP32", [2, 3], raw).array.flags.owndata
+    assert not Tensor.from_raw("x", "FP32", [2, 3], raw).array.flags.owndata
 
 
 def test_an_empty_shape_is_one_element() -> None:
-    assert tensor_of_values("x", "BYTES", [], [b"image"]).array.item() == b"image"
-    assert tensor_of_raw("x", "FP32", [], b"\0\0\x80?").array.item() == 1.0
+    assert Tensor.from_values("x", "BYTES", [], [b"image"]).array.item() == b"image"
+    assert Tensor.from_raw("x", "FP32", [], b"\0\0\x80?").array.item() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -51,18 +51,18 @@ def test_an_empty_shape_is_one_element() -> None:
 def test_rows_are_elements_of_bytes_and_else_the_first_axis(datatype: str, shape: list[int], rows: int) -> None:
     values = [b"a", b"b"] if datatype == "BYTES" else [1.0, 2.0]
 
-    assert tensor_of_values("x", datatype, shape, values[:rows]).rows == rows
+    assert Tensor.from_values("x", datatype, shape, values[:rows]).num_rows == rows
 
 
 @pytest.mark.parametrize(
     ("datatype", "shape", "values", "problem"),
     [
-        ("FP31", [1], [1.0], "its datatype is none of BOOL"),
-        ("fp32", [1], [1.0], "its datatype is none of BOOL"),
-        ("FP32", [2], [1.0], "another number of values than the 1 sent"),
-        ("FP32", [-1], [1.0], "negative or more than 16 dimensions"),
-        ("FP32", [1] * 17, [1.0], "negative or more than 16 dimensions"),
-        ("FP32", [2**40, 2**40], [1.0], "another number of values than the 1 sent"),
+        ("FP31", [1], [1.0], "its datatype is not one of BOOL"),
+        ("fp32", [1], [1.0], "its datatype is not one of BOOL"),
+        ("FP32", [2], [1.0], "does not match the 1 values that were sent"),
+        ("FP32", [-1], [1.0], "at most 16 dimensions, none of them negative"),
+        ("FP32", [1] * 17, [1.0], "at most 16 dimensions, none of them negative"),
+        ("FP32", [2**40, 2**40], [1.0], "does not match the 1 values that were sent"),
         ("FP32", [0, 2**63 - 1, 2**63 - 1], [], "out of range"),
         ("INT8", [1], [128], "a value lies outside INT8"),
         ("UINT16", [1], [65536], "a value lies outside UINT16"),
@@ -72,13 +72,13 @@ def test_values_that_are_not_what_they_claim_are_refused(
     datatype: str, shape: list[int], values: list[Any], problem: str
 ) -> None:
     with pytest.raises(InvalidInput, match=problem):
-        tensor_of_values("x", datatype, shape, values)
+        Tensor.from_values("x", datatype, shape, values)
 
 
 @pytest.mark.parametrize(
     ("datatype", "raw", "problem"),
     [
-        ("FP32", b"\0" * 7, "7 bytes are no whole number of FP32 values"),
+        ("FP32", b"\0" * 7, "7 bytes are not a whole number of FP32 values"),
         ("BYTES", b"\1\0", "truncated"),
         ("BYTES", b"\5\0\0\0abcd", "truncated"),
         ("BYTES", b"\xff\xff\xff\xffabcd", "truncated"),
@@ -86,7 +86,7 @@ def test_values_that_are_not_what_they_claim_are_refused(
 )
 def test_raw_bytes_that_are_cut_are_refused(datatype: str, raw: bytes, problem: str) -> None:
     with pytest.raises(InvalidInput, match=problem):
-        tensor_of_raw("x", datatype, [1], raw)
+        Tensor.from_raw("x", datatype, [1], raw)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_raw_bytes_that_are_cut_are_refused(datatype: str, raw: bytes, problem: 
 def test_json_lists_become_the_widest_datatype_of_their_kind(
     lists: list[Any], datatype: str, shape: tuple[int, ...]
 ) -> None:
-    tensor = tensor_of_lists("x", lists)
+    tensor = Tensor.from_lists("x", lists)
 
     assert (tensor.datatype, tensor.shape) == (datatype, shape)
 
@@ -113,4 +113,4 @@ def test_json_lists_become_the_widest_datatype_of_their_kind(
 )
 def test_lists_that_are_ragged_or_mixed_are_refused(lists: list[Any]) -> None:
     with pytest.raises(InvalidInput):
-        tensor_of_lists("x", lists)
+        Tensor.from_lists("x", lists)

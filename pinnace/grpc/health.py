@@ -1,4 +1,7 @@
-"""The standard health service: what Kubernetes' gRPC probes and load balancers ask."""
+"""The standard gRPC health service, for Kubernetes' gRPC probes and load balancers.
+
+https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Status = HealthCheckResponseServingStatus
 
 
 class HealthService(Service):
-    """Knows the whole server, as "" or as the inference service, and each model by its name."""
+    """Reports the whole server, under "" or the name of the inference service, and each model under its own name."""
 
     names = ("grpc.health.v1.Health",)
 
@@ -31,24 +34,24 @@ class HealthService(Service):
         return bytes(HealthCheckResponse(status=self._status(parse(HealthCheckRequest, message).service)))
 
     async def _watch(self, messages: AsyncIterator[bytes], _: Metadata) -> AsyncIterator[bytes]:
-        """Ends when the server stops: a stream that stayed open would keep it from stopping."""
+        """Yield each change of the status, and end when the server drains: an open stream would hold up its stop."""
         service = parse(HealthCheckRequest, await anext(messages, b"")).service
-        told = None
+        last_status = None
         while True:
-            changed = self._dataplane.repository.changed  # of now: what changes while the status is told is not missed
+            changed = self._dataplane.repository.changed  # taken first, so that no change is missed
             try:
                 status = self._status(service)
             except ModelNotFound:
                 status = Status.SERVICE_UNKNOWN
-            if status != told:
+            if status != last_status:
                 yield bytes(HealthCheckResponse(status=status))
-                told = status
-            if self._dataplane.repository.draining:
+                last_status = status
+            if self._dataplane.repository.is_draining:
                 return
             await changed.wait()
 
     def _status(self, service: str) -> Status:
-        """Raises ModelNotFound."""
+        """Return the status of the server or a model. Raises ModelNotFound."""
         repository = self._dataplane.repository
-        ready = repository.ready if service in ("", SERVICE) else repository.is_ready(service)
+        ready = repository.is_ready("" if service == SERVICE else service)
         return Status.SERVING if ready else Status.NOT_SERVING

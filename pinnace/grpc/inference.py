@@ -1,23 +1,32 @@
-"""KServe's gRPC service, message bytes and metadata in and message bytes out, whichever server carries them."""
+"""KServe's gRPC inference service. Methods take the bytes of a message and return bytes, so both ports can call them.
+
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol
+"""
 
 from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
 from betterproto2 import which_one_of
 
 from pinnace import NAME, __version__
 from pinnace.errors import InvalidInput
 from pinnace.grpc.service import Metadata, Service, parse, parse_text
-from pinnace.inference.dataplane import DataPlane
+from pinnace.inference.codec import EncodedRequest, EncodedResponse
+from pinnace.inference.dataplane import DataPlane, run_inference
 from pinnace.predictor import Request, RequestedOutput, Response
 from pinnace.proto.generated import inference as pb
 from pinnace.proto.wire import MAX_FIELDS
-from pinnace.tensors import Tensor, TensorSpec, raw_of_tensor, tensor_of_raw, tensor_of_values
+from pinnace.tensors import Tensor, TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
-MODEL_NAME = 1  # the number of the field in ModelInferRequest
+MODEL_NAME_FIELD = 1  # its number in ModelInferRequest
 
-# The field of InferTensorContents that carries a datatype. FP16 has none: it travels raw.
-CONTENTS = {
+# The field of InferTensorContents for each datatype. FP16 has none: it is sent raw.
+CONTENTS_FIELDS = {
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
     **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
     **{name: f"{name.lower()}_contents" for name in ("BOOL", "INT64", "UINT64", "FP32", "FP64", "BYTES")},
@@ -25,12 +34,13 @@ CONTENTS = {
 
 
 class InferenceService(Service):
-    """The methods of the Open Inference Protocol, and of its repository extension."""
+    """The methods of the Open Inference Protocol, and of Triton's model repository extension."""
 
     names = (SERVICE,)
 
     def __init__(self, dataplane: DataPlane) -> None:
         self._dataplane = dataplane
+        self._codec = GrpcCodec()
         self.streams = {}
         self.unary = {
             "ServerLive": self._server_live,
@@ -50,7 +60,7 @@ class InferenceService(Service):
 
     async def _server_ready(self, message: bytes, _: Metadata) -> bytes:
         parse(pb.ServerReadyRequest, message)
-        return bytes(pb.ServerReadyResponse(ready=self._dataplane.repository.ready))
+        return bytes(pb.ServerReadyResponse(ready=self._dataplane.repository.is_ready()))
 
     async def _model_ready(self, message: bytes, _: Metadata) -> bytes:
         name = parse(pb.ModelReadyRequest, message).name
@@ -66,21 +76,26 @@ class InferenceService(Service):
         return bytes(
             pb.ModelMetadataResponse(
                 name=model.name,
-                # The message has no room of its own for a warning.
+                # The message has no field for a warning.
                 platform=f"{metadata.platform}; {metadata.warning}" if metadata.warning else metadata.platform,
-                inputs=[_specification(spec) for spec in metadata.inputs],
-                outputs=[_specification(spec) for spec in metadata.outputs],
+                inputs=[_to_tensor_metadata(spec) for spec in metadata.inputs],
+                outputs=[_to_tensor_metadata(spec) for spec in metadata.outputs],
             )
         )
 
     async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
-        with self._dataplane.counted("grpc"), self._dataplane.bodies.held(len(message)):
-            self._dataplane.metrics.received("grpc", len(message))
-            name = parse_text(pb.ModelInferRequest, message, MODEL_NAME)
-            exchange = _Exchange(name, message, metadata)
-            answer, _ = await self._dataplane.infer(name, exchange.decode, exchange.encode)
-            self._dataplane.metrics.sent("grpc", len(answer))
-            return answer
+        async def read() -> EncodedRequest:
+            # The name alone: decoding the rest may take milliseconds, and is done on a worker thread.
+            return EncodedRequest(parse_text(pb.ModelInferRequest, message, MODEL_NAME_FIELD), message, metadata)
+
+        response = await run_inference(self._dataplane, self._codec, read, self._reserve_bytes(len(message)))
+        return response.body
+
+    @asynccontextmanager
+    async def _reserve_bytes(self, size_bytes: int) -> AsyncIterator[None]:
+        """Count a message against max_queue_bytes while it is answered. Raises Overloaded."""
+        with self._dataplane.byte_budget.reserve(size_bytes):
+            yield
 
     async def _repository_index(self, message: bytes, _: Metadata) -> bytes:
         only_ready = parse(pb.RepositoryIndexRequest, message).ready
@@ -101,70 +116,78 @@ class InferenceService(Service):
         return bytes(pb.RepositoryModelUnloadResponse(model_name=name, is_unloaded=True))
 
 
-class _Exchange:
-    """One ModelInfer: the response is typed or raw as the request was, which KServe's clients rely on."""
+class GrpcCodec:
+    """Translates ModelInfer messages. A response is typed or raw as its request was, which KServe's clients rely on."""
 
-    def __init__(self, model_name: str, message: bytes, metadata: Metadata) -> None:
-        self._model_name = model_name
-        self._message = message
-        self._metadata = metadata
-        self._raw = False
+    protocol: ClassVar[str] = "grpc"
 
-    def decode(self) -> Request:
-        """Raises InvalidInput."""
-        message = parse(pb.ModelInferRequest, self._message, MAX_FIELDS)
+    def decode(self, encoded: EncodedRequest) -> Request:
+        """Decode the tensors of a request. Raises InvalidInput."""
+        message = parse(pb.ModelInferRequest, encoded.body, MAX_FIELDS)
         raw_contents = message.raw_input_contents
-        self._raw = bool(raw_contents)
-        if not self._raw:
-            inputs = [_typed(tensor) for tensor in message.inputs]
+        if not raw_contents:
+            inputs = [_from_typed_contents(tensor) for tensor in message.inputs]
         elif len(raw_contents) != len(message.inputs):
             raise InvalidInput(
                 f"the number of inputs ({len(message.inputs)}) does not match the expected number of raw input "
-                f"contents ({len(raw_contents)}) for model '{self._model_name}'."
+                f"contents ({len(raw_contents)}) for model '{encoded.model_name}'."
             )
         else:
-            inputs = [_raw(tensor, raw) for tensor, raw in zip(message.inputs, raw_contents, strict=True)]
-        outputs = tuple(_requested(output) for output in message.outputs)
-        return Request(self._model_name, tuple(inputs), message.id, outputs, headers=self._metadata)
+            inputs = [_from_raw_contents(tensor, raw) for tensor, raw in zip(message.inputs, raw_contents, strict=True)]
+        return Request(
+            encoded.model_name,
+            tuple(inputs),
+            message.id,
+            tuple(_to_requested_output(output) for output in message.outputs),
+            headers=encoded.headers,
+            response_format=_ResponseFormat(is_raw=bool(raw_contents)),
+        )
 
-    def encode(self, response: Response) -> bytes:
+    def encode(self, response: Response, request: Request) -> EncodedResponse:
+        """Encode the outputs, all typed or all raw. FP16 has no typed form, so a response with FP16 is raw."""
+        form: _ResponseFormat = request.response_format
         message = pb.ModelInferResponse(model_name=response.model_name, id=response.id)
-        raw = self._raw or any(tensor.datatype not in CONTENTS for tensor in response.outputs)
+        is_raw = form.is_raw or any(tensor.datatype not in CONTENTS_FIELDS for tensor in response.outputs)
         for tensor in response.outputs:
             output = pb.ModelInferResponseInferOutputTensor(
                 name=tensor.name, datatype=tensor.datatype, shape=list(tensor.shape)
             )
-            if raw:
-                contents = raw_of_tensor(tensor)
+            if is_raw:
+                contents = tensor.to_raw()
                 output.parameters["binary_data_size"] = pb.InferParameter(int64_param=len(contents))
                 message.raw_output_contents.append(contents)
             else:
                 values = tensor.array.reshape(-1).tolist()
-                output.contents = pb.InferTensorContents(**{CONTENTS[tensor.datatype]: values})
+                output.contents = pb.InferTensorContents(**{CONTENTS_FIELDS[tensor.datatype]: values})
             message.outputs.append(output)
-        return bytes(message)
+        return EncodedResponse(bytes(message))
 
 
-def _typed(tensor: pb.ModelInferRequestInferInputTensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _ResponseFormat:
+    is_raw: bool
+
+
+def _from_typed_contents(tensor: pb.ModelInferRequestInferInputTensor) -> Tensor:
     if tensor.datatype == "FP16":
-        raise InvalidInput(f"input '{tensor.name}': FP16 travels in raw_input_contents only")
+        raise InvalidInput(f"input '{tensor.name}': FP16 can be sent in raw_input_contents only")
     contents = tensor.contents or pb.InferTensorContents()
-    values = getattr(contents, CONTENTS.get(tensor.datatype, "bytes_contents"))
-    return tensor_of_values(tensor.name, tensor.datatype, tensor.shape, values)
+    values = getattr(contents, CONTENTS_FIELDS.get(tensor.datatype, "bytes_contents"))
+    return Tensor.from_values(tensor.name, tensor.datatype, tensor.shape, values)
 
 
-def _raw(tensor: pb.ModelInferRequestInferInputTensor, raw: bytes) -> Tensor:
+def _from_raw_contents(tensor: pb.ModelInferRequestInferInputTensor, raw: bytes) -> Tensor:
     if tensor.contents is not None:
         raise InvalidInput(
             f"contents field must not be specified when using raw_input_contents for input '{tensor.name}'"
         )
-    return tensor_of_raw(tensor.name, tensor.datatype, tensor.shape, raw)
+    return Tensor.from_raw(tensor.name, tensor.datatype, tensor.shape, raw)
 
 
-def _requested(output: pb.ModelInferRequestInferRequestedOutputTensor) -> RequestedOutput:
+def _to_requested_output(output: pb.ModelInferRequestInferRequestedOutputTensor) -> RequestedOutput:
     values = {name: which_one_of(parameter, "parameter_choice")[1] for name, parameter in output.parameters.items()}
     return RequestedOutput(output.name, values)
 
 
-def _specification(spec: TensorSpec) -> pb.ModelMetadataResponseTensorMetadata:
+def _to_tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponseTensorMetadata:
     return pb.ModelMetadataResponseTensorMetadata(name=spec.name, datatype=spec.datatype, shape=list(spec.shape))

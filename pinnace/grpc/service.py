@@ -1,75 +1,57 @@
-"""What the gRPC services have in common: the shape of their methods, in bytes, and how they read a message."""
+"""What the gRPC services share: the shape of their methods, how a message is read, and what every call must pass.
+
+Both ports call the services: `grpc.server` with grpc.aio, and `http.grpc_bridge` on the HTTP port.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import betterproto2
 import grpc
 
-from pinnace.errors import InvalidInput
+from pinnace.auth import Authenticator
+from pinnace.errors import InvalidInput, RequestTimeout
 from pinnace.observability.logging import to_client_error
 from pinnace.proto import wire
+from pinnace.settings import Settings
 
 M = TypeVar("M", bound=betterproto2.Message)
 
-MAX_FIELDS_ON_LOOP = 1000  # a millisecond: probes are everybody's
+MAX_FIELDS_ON_LOOP = 1000  # a millisecond of decoding on the event loop, for messages of any client
 
 Metadata = Mapping[str, str]
 Unary = Callable[[bytes, Metadata], Awaitable[bytes]]
 Stream = Callable[[AsyncIterator[bytes], Metadata], AsyncIterator[bytes]]
 
-
-PROBES = {
+PUBLIC_METHODS = {
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
     "/inference.GRPCInferenceService/ServerLive",
     "/inference.GRPCInferenceService/ServerReady",
     "/inference.GRPCInferenceService/ModelReady",
 }
-"""Methods that are everybody's."""
+"""Methods that need no authentication: probes."""
 
 
 class Service:
-    """Methods by name, answered under each of the full service names; they raise ServingError."""
+    """A gRPC service: methods by name, served under each of the full service names. Methods raise ServingError."""
 
     names: tuple[str, ...]
     unary: dict[str, Unary]
     streams: dict[str, Stream]
 
 
-def parse(message_class: type[M], message: bytes, most_fields: int = MAX_FIELDS_ON_LOOP) -> M:
-    """Raises InvalidInput."""
-    with _refused(message_class):
-        return wire.decode(message_class, message, most_fields)
-
-
-def parse_text(message_class: type[M], message: bytes, number: int) -> str:
-    """The one field, for where the whole may take too long. Raises InvalidInput."""
-    with _refused(message_class):
-        return wire.first_text(message, number)
-
-
-@contextmanager
-def _refused(message_class: type[M]) -> Iterator[None]:
-    try:
-        yield
-    except wire.DecodeError as error:
-        raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None
-
-
-def require_message(message: bytes | None) -> bytes:
-    """The message of a call that has one. Raises InvalidInput."""
-    if message is None:
-        raise InvalidInput("the call has no message")
-    return message
-
-
 class Status(NamedTuple):
-    """How a call ends, and after how long the client should try again (gRFC A6); never, if 0."""
+    """How a call ends, and after how many milliseconds the client should try again; 0 means not at all.
+
+    The delay is gRFC A6's server pushback: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
+    """
 
     code: grpc.StatusCode
     text: str = ""
@@ -77,11 +59,73 @@ class Status(NamedTuple):
 
     @property
     def trailers(self) -> tuple[tuple[str, str], ...]:
+        """Return the trailing metadata that tell the client when to try again."""
         return (("grpc-retry-pushback-ms", str(self.pushback_ms)),) if self.pushback_ms else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call as its port sees it. `receive` returns the next message, or None after the last one."""
+
+    path: str
+    metadata: Metadata
+    has_certificate: bool
+    receive: Callable[[], Awaitable[bytes | None]]
+
+
+class Gate:
+    """What every call must pass on both ports: authentication, and a deadline for its first message."""
+
+    def __init__(self, authenticator: Authenticator, settings: Settings) -> None:
+        self._authenticator = authenticator
+        self._read_timeout_seconds = settings.read_timeout_seconds
+
+    async def read_request(self, call: Call) -> bytes:
+        """Return the message of a unary call. Raises Unauthenticated, RequestTimeout and InvalidInput."""
+        message = await self._read_first(call)
+        if message is None:
+            raise InvalidInput("the call has no message")
+        return message
+
+    async def read_requests(self, call: Call) -> AsyncIterator[bytes]:
+        """Yield the messages of a streaming call; those after the first may take any time. Raises as `read_request`."""
+        message = await self._read_first(call)
+        while message is not None:
+            yield message
+            message = await call.receive()
+
+    async def _read_first(self, call: Call) -> bytes | None:
+        if call.path not in PUBLIC_METHODS:
+            self._authenticator.check(call.metadata.get("authorization", ""), call.has_certificate)
+        try:
+            async with asyncio.timeout(self._read_timeout_seconds):
+                return await call.receive()
+        except TimeoutError:
+            raise RequestTimeout(self._read_timeout_seconds) from None
+
+
 def to_status(error: Exception) -> Status:
-    """Of a call that raised this; what nobody foresaw is logged and not told."""
-    told = to_client_error(error)
-    pushback_ms = math.ceil(told.retry_after_seconds * 1000) if told.retry else 0
-    return Status(grpc.StatusCode[told.grpc_status], str(told), pushback_ms)
+    """Return the status of a call that raised `error`. An unexpected error is logged, and its text is not sent."""
+    client_error = to_client_error(error)
+    pushback_ms = math.ceil(client_error.retry_after_seconds * 1000) if client_error.retry else 0
+    return Status(grpc.StatusCode[client_error.grpc_status], str(client_error), pushback_ms)
+
+
+def parse(message_class: type[M], message: bytes, max_fields: int = MAX_FIELDS_ON_LOOP) -> M:
+    """Return the decoded message. Raises InvalidInput."""
+    with _decode_errors_as_invalid_input(message_class):
+        return wire.decode(message_class, message, max_fields)
+
+
+def parse_text(message_class: type[M], message: bytes, number: int) -> str:
+    """Return one string field of a message whose other fields take too long to decode here. Raises InvalidInput."""
+    with _decode_errors_as_invalid_input(message_class):
+        return wire.first_text(message, number)
+
+
+@contextmanager
+def _decode_errors_as_invalid_input(message_class: type[M]) -> Iterator[None]:
+    try:
+        yield
+    except wire.DecodeError as error:
+        raise InvalidInput(f"not a {message_class.__name__} message: {error}") from None

@@ -23,7 +23,7 @@ from pinnace.http import repository as rest_repository
 from pinnace.http import v1 as rest_v1
 from pinnace.http import v2 as rest_v2
 from pinnace.http.auth import AuthMiddleware
-from pinnace.http.grpc_bridge import GrpcOverHttp
+from pinnace.http.grpc_bridge import GrpcBridge
 from pinnace.http.limits import LimitsMiddleware
 from pinnace.http.response import error_response, json_response
 from pinnace.inference.dataplane import DataPlane
@@ -46,9 +46,12 @@ def make_http_app(
             Exception: _internal_error,
         },
     )
-    guarded_rest = LimitsMiddleware(rest, dataplane.bodies, settings)
+    guarded_rest = LimitsMiddleware(rest, dataplane.byte_budget, settings)
     guarded_grpc = LimitsMiddleware(
-        GrpcOverHttp(services, credentials, dataplane.bodies, settings), dataplane.bodies, settings, endless=True
+        GrpcBridge(services, credentials, dataplane.byte_budget, settings),
+        dataplane.byte_budget,
+        settings,
+        endless=True,
     )
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

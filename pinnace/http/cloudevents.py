@@ -30,7 +30,7 @@ class Envelope:
     form: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
-    def around(self, content: Any, model_name: str, settings: Settings) -> tuple[Any, dict[str, str]]:
+    def wrap(self, content: Any, model_name: str, settings: Settings) -> tuple[Any, dict[str, str]]:
         """The content, in an event of its own where the request was one, and the headers that say so."""
         if not self.form:
             return content, {"content-type": "application/json"}
@@ -49,7 +49,7 @@ class Envelope:
         return content, {"content-type": "application/json", **metadata}
 
 
-def opened(payload: Any, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
+def unwrap(payload: Any, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
     """The data of a structured event, known by its type or by its looks, else the payload. Raises InvalidInput."""
     structured = media_type(headers) == STRUCTURED_TYPE
     if structured or (isinstance(payload, dict) and all(name in payload for name in (*REQUIRED, "time", "data"))):

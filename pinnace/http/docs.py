@@ -15,7 +15,8 @@ from starlette.routing import Route
 
 from pinnace import __version__
 from pinnace.http.json import dump_json
-from pinnace.http.v1_codec import PredictExchange
+from pinnace.http.v1 import V1Codec
+from pinnace.inference.codec import EncodedRequest
 from pinnace.inference.dataplane import DataPlane
 from pinnace.inference.model import Model
 from pinnace.settings import Settings
@@ -79,10 +80,11 @@ def _document(models: list[Model], settings: Settings) -> Any:
     document["components"]["parameters"]["Model"]["schema"]["enum"] = [model.name for model in models]
     instances = list(models[0].metadata.example)
     if instances:
-        exchange = PredictExchange(models[0].name, {}, "json", dump_json({"instances": instances}), settings)
+        encoded = EncodedRequest(models[0].name, dump_json({"instances": instances}))
+        tensors = V1Codec(settings).decode(encoded).inputs
         schemas = document["components"]["schemas"]
         schemas["Instances"]["example"] = {"instances": instances}
-        schemas["InferenceRequest"]["example"] = {"inputs": [_input(tensor) for tensor in exchange.decode().inputs]}
+        schemas["InferenceRequest"]["example"] = {"inputs": [_input(tensor) for tensor in tensors]}
     return document
 
 

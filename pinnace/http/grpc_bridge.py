@@ -1,7 +1,9 @@
-"""gRPC calls that reach the HTTP port, in HTTP/2 with prior knowledge: one published port then carries both.
+"""gRPC calls on the HTTP port, over HTTP/2 with prior knowledge: one published port then carries both protocols.
 
 A thin ASGI adapter over the services of the gRPC port. It costs two to four times the CPU of grpc.aio (measured): where
-both ports are published, that one is better. Wire format: gRPC's PROTOCOL-HTTP2.md.
+both ports are published, the gRPC port is better.
+
+Wire format: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 """
 
 from __future__ import annotations
@@ -20,41 +22,45 @@ from starlette.types import Message, Receive, Scope, Send
 
 from pinnace.auth import Authenticator
 from pinnace.errors import InvalidInput, NotSupported, RequestTimeout, TooLarge
-from pinnace.grpc.service import PROBES, Metadata, Service, Status, Stream, Unary, require_message, to_status
+from pinnace.grpc.service import Call, Gate, Metadata, Service, Status, Stream, Unary, to_status
 from pinnace.http.hypercorn_patches import has_certificate
 from pinnace.inference.admission import ByteBudget
 from pinnace.settings import Settings
 
-PREFIX = struct.Struct(">BI")
+FRAME_PREFIX = struct.Struct(">BI")  # whether the message is compressed, and its length
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
 TIMEOUT_UNIT_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+METHOD_NOT_FOUND = Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
-OK = Status(grpc.StatusCode.OK)
+Inbox = asyncio.Queue[bytes | Exception | None]
+"""The messages of a call as they arrive: an exception if they cannot be read, None after the last one."""
 
 
-class GrpcOverHttp:
-    """The ASGI application of one call; behind a Guard, which reads what a failed call leaves unread."""
+class GrpcBridge:
+    """The ASGI application for gRPC calls. LimitsMiddleware around it reads what a failed call leaves unread."""
 
     def __init__(
-        self, services: Sequence[Service], credentials: Authenticator, bodies: ByteBudget, settings: Settings
+        self, services: Sequence[Service], authenticator: Authenticator, byte_budget: ByteBudget, settings: Settings
     ) -> None:
-        self._bodies = bodies
-        self._credentials = credentials
+        self._gate = Gate(authenticator, settings)
+        self._byte_budget = byte_budget
         self._settings = settings
-        self._limit = settings.grpc_max_receive_message_length
-        self._methods: dict[str, Stream] = {}
+        self._max_message_bytes = settings.grpc_max_receive_message_length
+        self._unary: dict[str, Unary] = {}
+        self._streams: dict[str, Stream] = {}
         for service in services:
             for name in service.names:
-                self._methods |= {f"/{name}/{method}": _as_stream(call) for method, call in service.unary.items()}
-                self._methods |= {f"/{name}/{method}": call for method, call in service.streams.items()}
+                self._unary |= {f"/{name}/{method}": unary for method, unary in service.unary.items()}
+                self._streams |= {f"/{name}/{method}": stream for method, stream in service.streams.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         metadata = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         content_type = (b"content-type", b"application/grpc")
         await send({"type": "http.response.start", "status": 200, "headers": [content_type], "trailers": True})
-        inbox: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
-        answering = asyncio.create_task(self._answer(scope, metadata, _messages(inbox), send))
+        inbox: Inbox = asyncio.Queue(1)
+        call = Call(scope["path"], metadata, has_certificate(scope), lambda: _next_message(inbox))
+        answering = asyncio.create_task(self._answer(call, send))
         reading = asyncio.create_task(self._read(receive, metadata, inbox, answering))
         try:
             await asyncio.wait({answering})
@@ -62,7 +68,7 @@ class GrpcOverHttp:
             for task in (reading, answering):
                 task.cancel()
             await asyncio.wait({reading, answering})
-        if answering.cancelled():  # the client left
+        if answering.cancelled():  # the client has disconnected
             return
         status = answering.result()
         trailers = [(b"grpc-status", b"%d" % status.code.value[0])]
@@ -72,47 +78,47 @@ class GrpcOverHttp:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         await send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
 
-    async def _answer(self, scope: Scope, metadata: Metadata, messages: AsyncIterator[bytes], send: Send) -> Status:
-        """Sends the messages of the answer, and returns how the call ended."""
-        path = scope["path"]
-        method = self._methods.get(path)
-        if method is None:
-            return Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+    async def _answer(self, call: Call, send: Send) -> Status:
+        """Send the responses to a call, and return the status that it ends with."""
+        if call.path not in self._unary and call.path not in self._streams:
+            return METHOD_NOT_FOUND
         try:
-            if path not in PROBES:
-                self._credentials.check(metadata.get("authorization", ""), has_certificate(scope))
-            async with asyncio.timeout(_timeout_seconds(metadata)):
-                async for message in method(messages, metadata):
+            async with asyncio.timeout(_client_timeout_seconds(call.metadata)):
+                async for message in self._responses(call):
                     if len(message) > self._settings.grpc_max_send_message_length:
                         raise TooLarge(f"Sent message larger than max ({len(message)})")
-                    body = PREFIX.pack(0, len(message)) + message
+                    body = FRAME_PREFIX.pack(0, len(message)) + message
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except TimeoutError:
             return Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
         except Exception as error:
             return to_status(error)
-        return OK
+        return Status(grpc.StatusCode.OK)
 
-    async def _read(
-        self,
-        receive: Receive,
-        metadata: Metadata,
-        inbox: asyncio.Queue[bytes | Exception | None],
-        answering: asyncio.Task[Status],
-    ) -> None:
-        """Hands messages to the call as they come, and cancels it when its client leaves; counts those to come."""
-        buffer, more, deadline = bytearray(), True, None
+    async def _responses(self, call: Call) -> AsyncIterator[bytes]:
+        if method := self._unary.get(call.path):
+            yield await method(await self._gate.read_request(call), call.metadata)
+        else:
+            async for message in self._streams[call.path](self._gate.read_requests(call), call.metadata):
+                yield message
+
+    async def _read(self, receive: Receive, metadata: Metadata, inbox: Inbox, answering: asyncio.Task[Status]) -> None:
+        """Put messages into the inbox as they arrive, counted against the byte budget until they are complete.
+
+        Cancels the answer when the client disconnects.
+        """
+        buffer, has_more, deadline = bytearray(), True, None
         try:
-            while more:
-                event = await self._event(receive, deadline)
+            while has_more:
+                event = await self._receive_before(deadline, receive)
                 if event["type"] == "http.disconnect":
                     answering.cancel()
                     return
-                self._bodies.take(len(event.get("body", b"")))
+                self._byte_budget.acquire(len(event.get("body", b"")))
                 buffer += event.get("body", b"")
-                more = event.get("more_body", False)
-                while (frame := self._take(buffer)) is not None:
-                    await inbox.put(await _decompressed(*frame, metadata, self._limit))
+                has_more = event.get("more_body", False)
+                while (frame := self._pop_frame(buffer)) is not None:
+                    await inbox.put(await _decompress(*frame, metadata, self._max_message_bytes))
                     deadline = None
                 deadline = (deadline or time.monotonic() + self._settings.read_timeout_seconds) if buffer else None
             if buffer:
@@ -122,71 +128,68 @@ class GrpcOverHttp:
             await inbox.put(error)
             return
         finally:
-            self._bodies.give_back(len(buffer))
+            self._byte_budget.release(len(buffer))
         while (await receive())["type"] != "http.disconnect":
             pass
         answering.cancel()
 
-    async def _event(self, receive: Receive, deadline: float | None) -> Message:
-        """The next one; before the deadline, where a message has begun already. Raises TooSlow."""
+    async def _receive_before(self, deadline: float | None, receive: Receive) -> Message:
+        """Return the next event. Raises RequestTimeout at the deadline, which a message has once it has begun."""
         try:
             async with asyncio.timeout(deadline and deadline - time.monotonic()):
                 return await receive()
         except TimeoutError:
             raise RequestTimeout(self._settings.read_timeout_seconds) from None
 
-    def _take(self, buffer: bytearray) -> tuple[bool, bytes] | None:
-        """The first whole message, whether it is compressed, and removes it. Raises TooLarge before it has come."""
-        if len(buffer) < PREFIX.size:
+    def _pop_frame(self, buffer: bytearray) -> tuple[bool, bytes] | None:
+        """Remove the first complete message from the buffer; return whether it is compressed, and the message.
+
+        Returns None if no message is complete. Raises TooLarge as soon as the length of a message is known.
+        """
+        if len(buffer) < FRAME_PREFIX.size:
             return None
-        compressed, length = PREFIX.unpack_from(buffer)
-        if length > self._limit:
-            raise TooLarge(f"SERVER: Received message larger than max ({length} vs. {self._limit})")
-        end = PREFIX.size + length
+        is_compressed, length = FRAME_PREFIX.unpack_from(buffer)
+        if length > self._max_message_bytes:
+            raise TooLarge(f"SERVER: Received message larger than max ({length} vs. {self._max_message_bytes})")
+        end = FRAME_PREFIX.size + length
         if len(buffer) < end:
             return None
-        message = bytes(buffer[PREFIX.size : end])
+        message = bytes(buffer[FRAME_PREFIX.size : end])
         del buffer[:end]
-        self._bodies.give_back(end)
-        return bool(compressed), message
+        self._byte_budget.release(end)
+        return bool(is_compressed), message
 
 
-def _as_stream(method: Unary) -> Stream:
-    async def answers(messages: AsyncIterator[bytes], metadata: Metadata) -> AsyncIterator[bytes]:
-        yield await method(require_message(await anext(messages, None)), metadata)
-
-    return answers
-
-
-async def _messages(inbox: asyncio.Queue[bytes | Exception | None]) -> AsyncIterator[bytes]:
-    while (message := await inbox.get()) is not None:
-        if isinstance(message, Exception):
-            raise message
-        yield message
+async def _next_message(inbox: Inbox) -> bytes | None:
+    message = await inbox.get()
+    if isinstance(message, Exception):
+        raise message
+    return message
 
 
-async def _decompressed(compressed: bool, message: bytes, metadata: Metadata, limit: int) -> bytes:
-    if not compressed:
+async def _decompress(is_compressed: bool, message: bytes, metadata: Metadata, max_bytes: int) -> bytes:
+    if not is_compressed:
         return message
     encoding = metadata.get("grpc-encoding", "identity")
     if encoding not in WINDOW_BITS:
-        raise NotSupported(f"messages are read as they are or in {' or '.join(WINDOW_BITS)}, see grpc-encoding")
-    return await asyncio.to_thread(_inflate, message, WINDOW_BITS[encoding], limit)
+        raise NotSupported(f"messages must be uncompressed or {' or '.join(WINDOW_BITS)}: see grpc-encoding")
+    return await asyncio.to_thread(_inflate, message, WINDOW_BITS[encoding], max_bytes)
 
 
-def _inflate(message: bytes, window_bits: int, limit: int) -> bytes:
+def _inflate(message: bytes, window_bits: int, max_bytes: int) -> bytes:
     decompressor = zlib.decompressobj(window_bits)
     try:
-        plain = decompressor.decompress(message, limit + 1)
+        data = decompressor.decompress(message, max_bytes + 1)
     except zlib.error:
         raise InvalidInput("a compressed message is damaged") from None
-    if len(plain) > limit:
-        raise TooLarge(f"SERVER: Decompressed message larger than max ({limit})")
+    if len(data) > max_bytes:
+        raise TooLarge(f"SERVER: Decompressed message larger than max ({max_bytes})")
     if not decompressor.eof:
         raise InvalidInput("a compressed message is truncated")
-    return plain
+    return data
 
 
-def _timeout_seconds(metadata: Mapping[str, Any]) -> float | None:
-    found = re.fullmatch(r"(\d{1,8})([HMSmun])", metadata.get("grpc-timeout", ""))
-    return int(found[1]) * TIMEOUT_UNIT_SECONDS[found[2]] if found else None
+def _client_timeout_seconds(metadata: Mapping[str, Any]) -> float | None:
+    """Return the timeout that the client has set for its call, None if it has set none."""
+    match = re.fullmatch(r"(\d{1,8})([HMSmun])", metadata.get("grpc-timeout", ""))
+    return int(match[1]) * TIMEOUT_UNIT_SECONDS[match[2]] if match else None

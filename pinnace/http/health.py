@@ -17,7 +17,8 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return json_response({"live": True})
 
     async def ready(_: HttpRequest) -> HttpResponse:
-        return json_response({"ready": dataplane.repository.ready}, 200 if dataplane.repository.ready else 503)
+        is_ready = dataplane.repository.is_ready()
+        return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
     async def metrics(request: HttpRequest) -> HttpResponse:
         accept = request.headers.get("accept", "")

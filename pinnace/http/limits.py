@@ -23,10 +23,10 @@ class LimitsMiddleware:
     Hypercorn's `send` for ever once ten chunks wait: so the unread rest is dropped while the answer is sent.
     """
 
-    def __init__(self, app: ASGIApp, bodies: ByteBudget, settings: Settings, endless: bool = False) -> None:
+    def __init__(self, app: ASGIApp, byte_budget: ByteBudget, settings: Settings, endless: bool = False) -> None:
         """`endless` bodies may take any time and size: they are messages, which the application limits and counts."""
         self._app = app
-        self._bodies = bodies
+        self._byte_budget = byte_budget
         self._settings = settings
         self._endless = endless
 
@@ -34,7 +34,7 @@ class LimitsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(scope, receive, self._bodies, self._settings, self._endless)
+        body = _Body(scope, receive, self._byte_budget, self._settings, self._endless)
 
         async def send_after_body(message: Message) -> None:
             last = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -53,7 +53,7 @@ class LimitsMiddleware:
         try:
             await self._app_for(scope)(scope, body.receive, send_after_body)
         finally:
-            self._bodies.give_back(body.held_bytes)
+            self._byte_budget.release(body.held_bytes)
 
     def _app_for(self, scope: Scope) -> ASGIApp:
         size_bytes = len(scope["raw_path"]) + len(scope["query_string"])
@@ -64,9 +64,11 @@ class LimitsMiddleware:
 
 
 class _Body:
-    def __init__(self, scope: Scope, receive: Receive, bodies: ByteBudget, settings: Settings, endless: bool) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, byte_budget: ByteBudget, settings: Settings, endless: bool
+    ) -> None:
         self._receive = receive
-        self._bodies = bodies
+        self._byte_budget = byte_budget
         self._settings = settings
         self._endless = endless
         self._most_bytes = math.inf if endless else settings.max_body_bytes
@@ -90,7 +92,7 @@ class _Body:
         if self.held_bytes + size_bytes > self._most_bytes:
             raise self._too_large()
         if not self._endless:
-            self._bodies.take(size_bytes)
+            self._byte_budget.acquire(size_bytes)
             self.held_bytes += size_bytes
         return message
 

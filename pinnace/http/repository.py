@@ -8,6 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
+from pinnace.errors import ModelNotReady
 from pinnace.http.json import parse_json
 from pinnace.http.request import read_body
 from pinnace.http.response import json_response
@@ -21,14 +22,15 @@ def routes(dataplane: DataPlane) -> list[Route]:
         return json_response({"models": repository.names})
 
     async def ready(request: HttpRequest) -> HttpResponse:
-        repository.check_ready(name := request.path_params["model"])
+        if not repository.is_ready(name := request.path_params["model"]):
+            raise ModelNotReady(name)
         return json_response({"name": name, "ready": True})
 
     async def index(request: HttpRequest) -> HttpResponse:
-        repository.check_may_change()
+        repository.check_mutable()
         body = await read_body(request)
-        asked = await asyncio.to_thread(parse_json, body) if body else {}
-        only_ready = isinstance(asked, dict) and asked.get("ready") is True
+        options = await asyncio.to_thread(parse_json, body) if body else {}
+        only_ready = isinstance(options, dict) and options.get("ready") is True
         models = repository.index(only_ready)
         return json_response(
             [{"name": model.name, "version": "", "state": model.state, "reason": ""} for model in models]

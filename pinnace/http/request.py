@@ -1,4 +1,4 @@
-"""What comes over REST: its type, its body, and whether its client is still there."""
+"""HTTP requests: the type of the body, the body, and whether the client is still connected."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 from starlette.requests import ClientDisconnect, Request
 
 from pinnace.errors import ClientDisconnected, UnsupportedMediaType
-from pinnace.observability.metrics import Metrics
 
-# The form type is what `curl -d` sends, none at all what KServe's batcher sends: both mean JSON.
+# The form type is what `curl -d` sends, and KServe's batcher sends no type at all: both mean JSON.
 JSON_TYPES = {
     "",
     "application/json",
@@ -24,59 +23,61 @@ JSON_TYPES = {
 
 
 def media_type(headers: Mapping[str, str]) -> str:
-    """The content type without its parameters; empty where there is none."""
+    """Return the content type in lower case, without parameters; empty if the request has none."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def body_type(headers: Mapping[str, str], images: bool = False) -> str:
-    """`json`, or `image` where those are welcome. Raises UnsupportedMediaType."""
-    content_type = media_type(headers)
+def is_image(headers: Mapping[str, str]) -> bool:
+    """Return whether the body is one encoded image."""
+    return media_type(headers).startswith("image/")
+
+
+def check_content_type(headers: Mapping[str, str], allow_images: bool = False) -> None:
+    """Raise UnsupportedMediaType unless the body is uncompressed JSON, or an image where images are allowed."""
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed: send it without Content-Encoding")
-    if content_type in JSON_TYPES:
-        return "json"
-    if images and content_type.startswith("image/"):
-        return "image"
-    or_an_image = ", or an image as image/*" if images else ""
+    if media_type(headers) in JSON_TYPES or (allow_images and is_image(headers)):
+        return
+    or_an_image = ", or an image as image/*" if allow_images else ""
     raise UnsupportedMediaType(f"the body must be application/json{or_an_image}: see Content-Type")
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises TooLarge, as rest_guard decides, and ClientLeft."""
+    """Return the whole body.
+
+    Raises:
+        TooLarge, RequestTimeout, Overloaded: A limit of `http.limits` is exceeded.
+        ClientDisconnected: The client disconnected before the end of the body.
+    """
     try:
         return await request.body()
     except ClientDisconnect:
         raise ClientDisconnected from None
 
 
-async def read_inference(request: Request, metrics: Metrics, protocol: str) -> bytes:
-    """The body of an inference request, timed and counted. Raises what `read_body` raises."""
-    with metrics.stage("read"):
-        body = await read_body(request)
-    metrics.received(protocol, len(body))
-    return body
-
-
 @asynccontextmanager
 async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
-    """Around what answers a request that is read: cancelled where its client leaves. Raises ClientLeft then."""
-    answering, left = asyncio.current_task(), False
+    """Cancel the body of an `async with` statement if the client disconnects. Raises ClientDisconnected then.
+
+    Enter it after the request's body is read: it consumes what else the client sends.
+    """
+    handler, has_disconnected = asyncio.current_task(), False
 
     async def watch() -> None:
-        nonlocal left
+        nonlocal has_disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        left = True
-        if answering:
-            answering.cancel()
+        has_disconnected = True
+        if handler:
+            handler.cancel()
 
-    watching = asyncio.create_task(watch())
+    watcher = asyncio.create_task(watch())
     try:
         yield
     except asyncio.CancelledError:
-        if left and answering and not answering.uncancel():
+        if has_disconnected and handler and not handler.uncancel():
             raise ClientDisconnected from None
         raise
     finally:
-        watching.cancel()
-        await asyncio.wait({watching})
+        watcher.cancel()
+        await asyncio.wait({watcher})

@@ -1,4 +1,4 @@
-"""What goes out over REST: JSON, and errors with the headers that belong to them."""
+"""HTTP responses: JSON, and errors with the headers that belong to them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ from starlette.responses import Response
 
 from pinnace.errors import ServingError
 from pinnace.http.json import dump_json
-from pinnace.observability.timings import Latency
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response with `content` as JSON."""
     return Response(dump_json(content), status, headers, media_type="application/json")
 
 
-def inference_response(answer: bytes, headers: Mapping[str, str], latency: Latency) -> Response:
-    """The predictor's headers and the codec's, and where the time went."""
-    return Response(answer, headers={**headers, "server-timing": latency.server_timing})
-
-
 def error_response(error: ServingError) -> Response:
+    """Return the response that an error declares: its status, its text and, if a retry may succeed, Retry-After."""
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))} if error.retry else {}
     if error.http_status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"

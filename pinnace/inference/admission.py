@@ -1,6 +1,6 @@
-"""What may be under way at once, and when there will be room again.
+"""Admission: limits on what is in flight, and an estimate of when there will be capacity again.
 
-A queue without bounds answers everybody late; behind these, whoever comes too many is refused at once.
+An unbounded queue makes every answer late. Requests beyond these limits are rejected immediately.
 """
 
 from __future__ import annotations
@@ -11,96 +11,92 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pinnace.errors import Overloaded, TooLarge
+from pinnace.errors import Overloaded
 from pinnace.settings import Settings
 
-RATE_WINDOW = 32  # the last so many tell how fast a model answers
+RATE_WINDOW = 32  # completed requests from which the rate of a model is estimated
 
 
 @dataclass(eq=False, slots=True)
 class Permit:
-    """One request under way; its rows are known once it is decoded, on another thread."""
+    """The right of one request to be in flight. `num_rows` is 1 until a worker thread has decoded the request."""
 
-    rows: int = 1
+    num_rows: int = 1
 
 
 class Admission:
-    """The requests under way of one model, bounded in their number and in their rows."""
+    """Limits the requests in flight of one model, by their number and by their rows. Used on the event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._tickets: set[Permit] = set()
-        self._busy_seconds = 0.0  # up to when it was idle last
+        self._permits: set[Permit] = set()
+        self._busy_seconds = 0.0  # accumulated before the current busy period
         self._busy_since = 0.0
-        self._completions: deque[float] = deque([0.0], RATE_WINDOW + 1)  # on the clock of busy seconds
+        self._completions: deque[float] = deque([0.0], RATE_WINDOW + 1)  # times, on the clock of busy seconds
 
     @property
     def in_flight(self) -> int:
-        return len(self._tickets)
+        """Return the number of permits that are held."""
+        return len(self._permits)
 
     def check(self) -> None:
-        """Raises Overloaded."""
+        """Raise Overloaded if no permit can be had now."""
         if self.in_flight >= self._settings.max_concurrent_requests:
             raise Overloaded("requests (max_concurrent_requests)", self._retry_after_seconds())
-        if sum(ticket.rows for ticket in self._tickets) >= self._settings.max_queue_rows:
+        if sum(permit.num_rows for permit in self._permits) >= self._settings.max_queue_rows:
             raise Overloaded("rows (max_queue_rows)", self._retry_after_seconds())
 
     @contextmanager
-    def ticket(self) -> Iterator[Permit]:
-        """Around one request. Raises Overloaded."""
+    def acquire(self) -> Iterator[Permit]:
+        """Hold a permit for the body of a `with` statement. Raises Overloaded."""
         self.check()
-        if not self._tickets:
+        if not self._permits:
             self._busy_since = time.monotonic()
-        ticket = Permit()
-        self._tickets.add(ticket)
+        permit = Permit()
+        self._permits.add(permit)
         try:
-            yield ticket
+            yield permit
         finally:
-            self._tickets.remove(ticket)
-            self._completions.append(self._clock())
-            if not self._tickets:
-                self._busy_seconds = self._clock()
+            self._permits.remove(permit)
+            self._completions.append(self._busy_clock())
+            if not self._permits:
+                self._busy_seconds = self._busy_clock()
 
-    def _clock(self) -> float:
-        """Runs while anything is under way: an idle time is no slow one."""
+    def _busy_clock(self) -> float:
+        """Return the seconds in which anything was in flight: idle time does not lower the estimated rate."""
         return self._busy_seconds + time.monotonic() - self._busy_since
 
     def _retry_after_seconds(self) -> float:
-        """What is under way, at the pace of the last requests."""
-        ended = len(self._completions) - 1
-        if not ended:
+        """Estimate how long the requests in flight take, at the rate of the last completions."""
+        completed = len(self._completions) - 1
+        if not completed:
             return 1.0
-        pace_seconds = (self._clock() - self._completions[0]) / ended
-        return min(self.in_flight * pace_seconds, self._settings.request_timeout_seconds)
-
-
-def check_instances(rows: int, settings: Settings) -> None:
-    """Of one request. Raises TooLarge."""
-    if rows > settings.max_instances:
-        raise TooLarge(f"{rows} instances exceed max_instances ({settings.max_instances})")
+        seconds_per_request = (self._busy_clock() - self._completions[0]) / completed
+        return min(self.in_flight * seconds_per_request, self._settings.request_timeout_seconds)
 
 
 class ByteBudget:
-    """The bytes of all bodies and messages in memory, those that are still coming included."""
+    """Limits the bytes of all bodies and messages in memory, including those still being received."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held_bytes = 0
+        self._reserved_bytes = 0
 
-    def take(self, size_bytes: int) -> None:
-        """To be given back. Raises Overloaded."""
-        if self._held_bytes + size_bytes > self._max_bytes:
+    def acquire(self, size_bytes: int) -> None:
+        """Reserve bytes, until `release`. Raises Overloaded."""
+        if self._reserved_bytes + size_bytes > self._max_bytes:
             raise Overloaded("bytes (max_queue_bytes)")
-        self._held_bytes += size_bytes
+        self._reserved_bytes += size_bytes
 
-    def give_back(self, size_bytes: int) -> None:
-        self._held_bytes -= size_bytes
+    def release(self, size_bytes: int) -> None:
+        """Give back bytes that were reserved."""
+        self._reserved_bytes -= size_bytes
 
     @contextmanager
-    def held(self, size_bytes: int) -> Iterator[None]:
-        """Around the life of a whole message. Raises Overloaded."""
-        self.take(size_bytes)
+    def reserve(self, size_bytes: int) -> Iterator[None]:
+        """Reserve bytes for the body of a `with` statement. Raises Overloaded."""
+        self.acquire(size_bytes)
         try:
             yield
         finally:
-            self.give_back(size_bytes)
+            self.release(size_bytes)

@@ -1,99 +1,117 @@
-"""One run of a model with the rows of several requests: to each its own predictions, or its own error."""
+"""Batches: one run of a model with the rows of several requests, and each request's share of the result."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from pinnace.errors import ServingError
 from pinnace.observability.logging import to_client_error
 from pinnace.observability.metrics import Metrics
+from pinnace.observability.timings import RequestTimings
 from pinnace.predictor import Arrays, Predictor, Request
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A decoded request, and the predictor that answers it."""
+class PreprocessedRequest:
+    """A decoded request, the arrays that `preprocess` made of it, and the predictor that answers it."""
 
     predictor: Predictor
     request: Request
-    rows: Arrays
-    context: Context = field(default_factory=copy_context)  # with the request's id, for what is logged of it
+    arrays: Arrays
 
-    def goes_with(self, other: Prepared) -> bool:
-        """Whether the rows of both are arrays of the same kinds, for the same predictor."""
-        return self.predictor is other.predictor and self._kinds() == other._kinds()
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows."""
+        return num_rows(self.arrays)
 
-    def _kinds(self) -> dict[str, object]:
-        return {name: (array.dtype, array.shape[1:]) for name, array in self.rows.items()}
+    def can_batch_with(self, other: PreprocessedRequest) -> bool:
+        """Return whether both have arrays of the same names, dtypes and row shapes, for the same predictor."""
+        return self.predictor is other.predictor and self._signature() == other._signature()
 
-
-@dataclass(frozen=True, slots=True)
-class Predicted:
-    """The predictions for one request's rows, and how long the run took that they came from."""
-
-    rows: Arrays
-    run_seconds: float
+    def _signature(self) -> Mapping[str, object]:
+        return {name: (array.dtype, array.shape[1:]) for name, array in self.arrays.items()}
 
 
-class Runs:
-    """Of one model, of no more rows than are allowed."""
+@dataclass(eq=False, slots=True)
+class PendingRequest:
+    """One request in the batcher, from its submission to its result. Its steps run on worker threads."""
 
-    def __init__(self, model_name: str, metrics: Metrics, max_rows: int) -> None:
-        self._model_name = model_name
-        self._metrics = metrics
-        self._max_rows = max_rows
-
-    def answers(self, batch: Sequence[Prepared]) -> Sequence[Predicted | ServingError]:
-        """To each its own. Where a run of several fails, each runs alone: only who is to blame fails then."""
-        try:
-            return self._predicted(batch)
-        except BaseException as error:
-            if len(batch) == 1:
-                return [batch[0].context.run(to_client_error, error)]
-        answers: list[Predicted | ServingError] = []
-        for prepared in batch:
-            self._metrics.batch(self._model_name, "alone")
-            answers += self.answers([prepared])
-        return answers
-
-    def _predicted(self, batch: Sequence[Prepared]) -> list[Predicted]:
-        predictor, rows = batch[0].predictor, batch[0].rows
-        if len(batch) > 1:
-            rows = {name: np.concatenate([prepared.rows[name] for prepared in batch]) for name in rows}
-        sizes = [num_rows(prepared.rows) for prepared in batch]
-        ends = list(accumulate(sizes))
-        started_at = time.perf_counter()
-        try:
-            pieces = [
-                self._piece(predictor, {name: array[start : start + self._max_rows] for name, array in rows.items()})
-                for start in range(0, ends[-1], self._max_rows)
-            ]
-        finally:
-            run_seconds = time.perf_counter() - started_at
-            for _ in batch:
-                self._metrics.inferred(self._model_name, run_seconds)
-        predictions = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        return [
-            Predicted({name: array[end - size : end] for name, array in predictions.items()}, run_seconds)
-            for size, end in zip(sizes, ends, strict=True)
-        ]
-
-    def _piece(self, predictor: Predictor, rows: Arrays) -> Arrays:
-        size = num_rows(rows)
-        self._metrics.run(self._model_name, size)
-        predictions = predictor.predict(rows)
-        for name, array in predictions.items():
-            if len(array) != size:
-                raise ValueError(f"predict was given {size} rows and gave {len(array)} of {name}")
-        return predictions
+    preprocess: Callable[[], PreprocessedRequest]
+    postprocess: Callable[[PreprocessedRequest, Arrays], Any]
+    timings: RequestTimings
+    result: asyncio.Future[Any]
+    context: Context = field(default_factory=copy_context)  # carries the request's id to what is logged for it
+    enqueued_at: float = field(default_factory=time.perf_counter)
+    """When it joined the queue that it is in: first the backlog, then the queue of decoded requests."""
+    preprocessed: PreprocessedRequest = field(init=False)
+    """What `preprocess` returned; unset before."""
+    is_decoded: bool = False
 
 
-def num_rows(rows: Arrays) -> int:
-    """How many rows they are."""
-    return len(next(iter(rows.values())))
+def num_rows(arrays: Arrays) -> int:
+    """Return the size of the arrays' first axis, which all of them share."""
+    return len(next(iter(arrays.values())))
+
+
+def run_batch(
+    requests: Sequence[PendingRequest], model_name: str, max_rows: int, metrics: Metrics
+) -> list[Arrays | ServingError]:
+    """Run the model once for several requests, in chunks of at most `max_rows` rows.
+
+    If the batch fails, its requests run again one by one, so that only the faulty request fails.
+
+    Returns:
+        For each request the predictions for its rows, or its error.
+    """
+    try:
+        return list(_predict(requests, model_name, max_rows, metrics))
+    except BaseException as error:
+        if len(requests) == 1:
+            return [requests[0].context.run(to_client_error, error)]
+    results: list[Arrays | ServingError] = []
+    for request in requests:
+        metrics.count_batch(model_name, "alone")
+        results += run_batch([request], model_name, max_rows, metrics)
+    return results
+
+
+def _predict(requests: Sequence[PendingRequest], model_name: str, max_rows: int, metrics: Metrics) -> list[Arrays]:
+    batch = [request.preprocessed for request in requests]
+    predictor, arrays = batch[0].predictor, batch[0].arrays
+    if len(batch) > 1:
+        arrays = {name: np.concatenate([request.arrays[name] for request in batch]) for name in arrays}
+    sizes = [request.num_rows for request in batch]
+    ends = list(accumulate(sizes))
+    started_at = time.perf_counter()
+    try:
+        chunks = []
+        for start in range(0, ends[-1], max_rows):
+            chunk = {name: array[start : start + max_rows] for name, array in arrays.items()}
+            metrics.observe_batch_rows(model_name, num_rows(chunk))
+            chunks.append(_predict_chunk(predictor, chunk))
+    finally:
+        run_seconds = time.perf_counter() - started_at
+        for request in requests:
+            request.timings.record_run(run_seconds)
+    predictions = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return [
+        {name: array[end - size : end] for name, array in predictions.items()}
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def _predict_chunk(predictor: Predictor, chunk: Arrays) -> Arrays:
+    size = num_rows(chunk)
+    predictions = predictor.predict(chunk)
+    for name, array in predictions.items():
+        if len(array) != size:
+            raise ValueError(f"predict received {size} rows and returned {len(array)} of {name}")
+    return predictions

@@ -1,11 +1,11 @@
-"""Rows of many requests become one run of the model.
+"""Batching: combine the rows of waiting requests into one run of the model.
 
-A lone request never waits: an idle model takes at once what is there, and while it is busy, arrivals queue and go
-together next. On two cores AlexNet takes 25 to 29 ms for one image and 14.5 for each of eight (measured).
+A request that finds the model idle runs at once; requests that arrive during a run are queued and share the next one.
+On two cores AlexNet takes 25 to 29 ms for one image and 14.5 ms for each of eight (measured). Nothing waits for a batch
+to fill, unless max_batch_delay_ms is set.
 
-A run that takes every core waits for requests that are being decoded, and nothing is decoded beside it: side by side
-the two cost 4 to 13 % more CPU a request, since a thread of ONNX Runtime waits for one that a decoder has displaced
-(measured).
+When the model uses all cores, decoding and inference take turns. Running both at once costs 4-13 % more CPU per request
+(measured), because ONNX Runtime's threads wait for the core that a decoder occupies.
 """
 
 from __future__ import annotations
@@ -15,181 +15,176 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextvars import Context, copy_context
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pinnace.errors import ServingError
-from pinnace.inference.batch import Predicted, Prepared, Runs, num_rows
+from pinnace.inference.batch import PendingRequest, PreprocessedRequest, run_batch
 from pinnace.inference.scheduler import Job, Scheduler, capture, resolve
 from pinnace.observability.metrics import Metrics
+from pinnace.observability.timings import RequestTimings
+from pinnace.predictor import Arrays
 
 T = TypeVar("T")
 
-DECODE_WAIT_RUNS = 4  # as long as so many runs take, rows wait for those that are being decoded
-PIPELINE_DEPTH = 2  # one that runs, and one that is made ready: beyond it, rows would only fill memory
-
-
-@dataclass(eq=False, slots=True)
-class _Asked:
-    """One request, with what turns it into rows and predictions into its answer."""
-
-    prepare: Callable[[], Prepared]
-    encode: Callable[[Prepared, Predicted], Any]
-    answer: asyncio.Future[Any]
-    since: float = field(default_factory=time.perf_counter)
-    context: Context = field(default_factory=copy_context)
-    is_queued: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    asked: _Asked
-    prepared: Prepared
-    since: float = field(default_factory=time.perf_counter)
+DECODE_WAIT_RUNS = 4  # a batch waits at most this many run times for requests that are still being decoded
+PIPELINE_DEPTH = 2  # one batch running and one being prepared: more would only use memory
 
 
 class Batcher:
-    """The requests to one model: decoded in the order of their coming, run together, one run at a time.
+    """The requests to one model: decoded in order of arrival, run together, one run at a time.
 
-    One, since ONNX Runtime uses every core for one batch: with a session and a thread for each core, 16 connections got
-    52 requests a second instead of 56, and a lone one waited 45 ms instead of 31 (measured).
+    There is one run at a time because ONNX Runtime uses every core for one batch. With a session and a thread per core,
+    16 connections got 52 requests per second instead of 56, and a lone request took 45 ms instead of 31 (measured).
     """
 
     def __init__(
-        self, model_name: str, threads: Scheduler, metrics: Metrics, max_batch_size: int, max_batch_delay_ms: int
+        self, model_name: str, scheduler: Scheduler, metrics: Metrics, max_batch_size: int, max_batch_delay_ms: int
     ) -> None:
         self._model_name = model_name
-        self._threads = threads
+        self._scheduler = scheduler
         self._metrics = metrics
         self._max_rows = max_batch_size
-        self._runs = Runs(model_name, metrics, max_batch_size)
         self._delay_seconds = max_batch_delay_ms / 1000
-        # All that changes below does so under the lock of the threads.
-        self._asked: deque[_Asked] = deque()
-        self._queue: deque[_Waiting] = deque()
-        self._coming = 0  # with the decoders
-        self._ahead = 0  # and queued, and in the run
+        # Everything below changes only while the scheduler's lock is held.
+        self._backlog: deque[PendingRequest] = deque()  # submitted
+        self._queue: deque[PendingRequest] = deque()  # decoded
+        self._num_decoding = 0
+        self._num_in_pipeline = 0  # being decoded, queued, or in the run
         self._is_running = False
-        self._ran_until = self._run_seconds = 0.0
-        threads.add(self)
+        self._run_ended_at = self._run_seconds = 0.0
+        scheduler.add_source(self)
 
-    async def answered(self, prepare: Callable[[], Prepared], encode: Callable[[Prepared, Predicted], T]) -> T:
-        """One request's way through `prepare`, a run and `encode`, on threads. Cancelled, what has not begun does not.
+    async def submit(
+        self,
+        preprocess: Callable[[], PreprocessedRequest],
+        postprocess: Callable[[PreprocessedRequest, Arrays], T],
+        timings: RequestTimings,
+    ) -> T:
+        """Run one request through `preprocess`, the model and `postprocess`, and return the result of `postprocess`.
 
-        Raises ServingError.
+        The steps run on worker threads.
+        If cancelled, steps that have not started are skipped.
+
+        Raises:
+            ServingError: What a step raised; for an exception that is no ServingError, InternalError.
         """
-        asked = _Asked(prepare, encode, asyncio.get_running_loop().create_future())
-        with self._threads.lock:
-            self._asked.append(asked)
-            self._admit()
-            self._threads.look()
+        pending = PendingRequest(preprocess, postprocess, timings, asyncio.get_running_loop().create_future())
         try:
-            answer: T = await asked.answer
+            result: T = await self._scheduler.submit(pending.result, partial(self._enqueue, pending))
         finally:
-            with self._threads.lock:
-                was_queued = asked.is_queued
-                if asked.answer.cancelled() and asked in self._asked:
-                    self._asked.remove(asked)  # or its body would be held until its turn
-            if was_queued:
+            with self._scheduler.lock:
+                was_decoded = pending.is_decoded
+                if pending.result.cancelled() and pending in self._backlog:
+                    self._backlog.remove(pending)  # otherwise its body would stay in memory until its turn
+            if was_decoded:
                 self._metrics.queued_or_running.dec()
-        return answer
+        return result
 
-    def due_at(self, now: float) -> float:
+    def ready_at(self, now: float) -> float:
+        """Return when the next batch may run (see `scheduler.Source`)."""
         if self._is_running or not self._queue:
             return math.inf
         oldest = self._queue[0]
-        due_at = oldest.since + self._delay_seconds
-        if oldest.prepared.predictor.uses_all_cores:
-            if self._threads.cores_taken:
+        ready_at = oldest.enqueued_at + self._delay_seconds
+        if oldest.preprocessed.predictor.uses_all_cores:
+            if self._scheduler.has_exclusive_run:
                 return math.inf
-            if self._coming:
-                due_at = max(due_at, max(oldest.since, self._ran_until) + DECODE_WAIT_RUNS * self._run_seconds)
-        if due_at > now and sum(num_rows(waiting.prepared.rows) for waiting in self._queue) >= self._max_rows:
-            return oldest.since
-        return due_at
+            if self._num_decoding:
+                waits_since = max(oldest.enqueued_at, self._run_ended_at)
+                ready_at = max(ready_at, waits_since + DECODE_WAIT_RUNS * self._run_seconds)
+        if ready_at > now and sum(pending.preprocessed.num_rows for pending in self._queue) >= self._max_rows:
+            return oldest.enqueued_at
+        return ready_at
 
-    def take(self) -> Job:
-        """The run of the oldest request whose client has not left, and of those behind it that fit in."""
-        batch: list[_Waiting] = []
-        others: deque[_Waiting] = deque()
-        dropped, free = 0, self._max_rows
-        for waiting in self._queue:
-            size = num_rows(waiting.prepared.rows)
-            if waiting.asked.answer.cancelled():
-                dropped += 1
-            elif not batch or (size <= free and waiting.prepared.goes_with(batch[0].prepared)):
-                batch.append(waiting)
-                free -= size
+    def next_job(self) -> Job:
+        """Return the run of the oldest request that is not cancelled, with those queued that fit into its batch."""
+        batch: list[PendingRequest] = []
+        others: deque[PendingRequest] = deque()
+        num_cancelled, free_rows = 0, self._max_rows
+        for pending in self._queue:
+            preprocessed = pending.preprocessed
+            if pending.result.cancelled():
+                num_cancelled += 1
+            elif not batch or (
+                preprocessed.num_rows <= free_rows and preprocessed.can_batch_with(batch[0].preprocessed)
+            ):
+                batch.append(pending)
+                free_rows -= preprocessed.num_rows
             else:
-                others.append(waiting)
+                others.append(pending)
         self._queue = others
-        self._left(dropped)
+        self._finish(num_cancelled)
         if batch:
             self._is_running = True
-            self._threads.cores_taken |= batch[0].prepared.predictor.uses_all_cores
-        return partial(self._run, batch, dropped, "full" if others or free <= 0 else "")
+            self._scheduler.has_exclusive_run |= batch[0].preprocessed.predictor.uses_all_cores
+        return partial(self._run, batch, num_cancelled, is_full=bool(others) or free_rows <= 0)
 
-    def _admit(self) -> None:
-        """Of those that have asked, as many to the decoders as are to be there."""
-        while self._asked and self._ahead < PIPELINE_DEPTH * self._max_rows:
-            self._threads.decoding.append(partial(self._decode, self._asked.popleft()))
-            self._coming += 1
-            self._ahead += 1
+    def _enqueue(self, pending: PendingRequest) -> None:
+        self._backlog.append(pending)
+        self._start_decoding()
 
-    def _left(self, requests: int) -> None:
-        self._ahead -= requests
-        self._admit()
+    def _start_decoding(self) -> None:
+        """Move requests from the backlog to the decode queue until PIPELINE_DEPTH batches are in the pipeline."""
+        while self._backlog and self._num_in_pipeline < PIPELINE_DEPTH * self._max_rows:
+            self._scheduler.decode_queue.append(partial(self._decode, self._backlog.popleft()))
+            self._num_decoding += 1
+            self._num_in_pipeline += 1
 
-    def _decode(self, asked: _Asked) -> None:
-        prepared: Prepared | None = None
-        error: Exception | None = None
-        if not asked.answer.cancelled():
-            self._metrics.staged("turn", time.perf_counter() - asked.since)
-            prepared, error = asked.context.run(capture, asked.prepare)
-        with self._threads.lock:
-            self._coming -= 1
-            if prepared and not asked.answer.cancelled():
-                asked.is_queued = True
+    def _finish(self, num_requests: int) -> None:
+        """Take requests out of the pipeline, and let others in."""
+        self._num_in_pipeline -= num_requests
+        self._start_decoding()
+
+    def _decode(self, pending: PendingRequest) -> None:
+        preprocessed: PreprocessedRequest | None = None
+        error: ServingError | None = None
+        if not pending.result.cancelled():
+            pending.timings.stages["decode_queue"] = time.perf_counter() - pending.enqueued_at
+            preprocessed, error = pending.context.run(capture, pending.preprocess)
+        with self._scheduler.lock:
+            self._num_decoding -= 1
+            if preprocessed and not pending.result.cancelled():
+                pending.preprocessed, pending.is_decoded = preprocessed, True
+                pending.enqueued_at = time.perf_counter()
                 self._metrics.queued_or_running.inc()
-                self._queue.append(_Waiting(asked, prepared))
+                self._queue.append(pending)
             else:
-                self._left(1)
+                self._finish(1)
         if error:
-            resolve(asked.answer, None, error)
+            resolve(pending.result, None, error)
 
-    def _run(self, batch: Sequence[_Waiting], dropped: int, reason: str) -> None:
+    def _run(self, batch: Sequence[PendingRequest], num_cancelled: int, is_full: bool) -> None:
         started_at = time.perf_counter()
-        for _ in range(dropped):
-            self._metrics.dropped(self._model_name)
+        if num_cancelled:
+            self._metrics.count_dropped(self._model_name, num_cancelled)
         if not batch:
             return
-        for waiting in batch:
-            self._metrics.staged("queue", started_at - waiting.since)
-        self._metrics.batch(self._model_name, reason or self._reason(batch[0]))
-        answers = self._runs.answers([waiting.prepared for waiting in batch])
-        with self._threads.lock:
+        for pending in batch:
+            pending.timings.stages["queue"] = started_at - pending.enqueued_at
+        self._metrics.count_batch(self._model_name, "full" if is_full else self._close_reason(batch[0]))
+        results = run_batch(batch, self._model_name, self._max_rows, self._metrics)
+        with self._scheduler.lock:
             self._is_running = False
-            self._threads.cores_taken &= not batch[0].prepared.predictor.uses_all_cores
-            self._ran_until = time.perf_counter()
-            self._run_seconds = self._ran_until - started_at
-            self._left(len(batch))
-            for waiting, answer in zip(batch, answers, strict=True):
-                self._threads.encoding.append(partial(_encode, waiting, answer))
+            self._scheduler.has_exclusive_run &= not batch[0].preprocessed.predictor.uses_all_cores
+            self._run_ended_at = time.perf_counter()
+            self._run_seconds = self._run_ended_at - started_at
+            self._finish(len(batch))
+            for pending, result in zip(batch, results, strict=True):
+                self._scheduler.encode_queue.append(partial(_encode, pending, result))
 
-    def _reason(self, oldest: _Waiting) -> str:
-        """Why no more may be with it."""
+    def _close_reason(self, oldest: PendingRequest) -> str:
+        """Return why a batch that has capacity left was closed."""
         if self._delay_seconds:
             return "delay"
-        return "queued" if oldest.since < self._ran_until else "idle"
+        return "queued" if oldest.enqueued_at < self._run_ended_at else "idle"
 
 
-def _encode(waiting: _Waiting, answer: Predicted | ServingError) -> None:
-    asked = waiting.asked
-    if asked.answer.cancelled():
+def _encode(pending: PendingRequest, predictions: Arrays | ServingError) -> None:
+    if pending.result.cancelled():
         return
-    if isinstance(answer, ServingError):
-        resolve(asked.answer, None, answer)
+    if isinstance(predictions, ServingError):
+        resolve(pending.result, None, predictions)
     else:
-        resolve(asked.answer, *asked.context.run(capture, partial(asked.encode, waiting.prepared, answer)))
+        postprocess = partial(pending.postprocess, pending.preprocessed, predictions)
+        resolve(pending.result, *pending.context.run(capture, postprocess))

@@ -1,94 +1,99 @@
-"""A model in this process: its predictor, and one request's way through the four handlers."""
+"""A model in this process: its predictor, and the path of one request through the predictor's handlers."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-import uuid
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from pinnace.errors import InvalidInput, ModelFileNotFound, ModelNotReady, PredictorError, StartupError, one_line
-from pinnace.inference.admission import check_instances
-from pinnace.inference.batch import Predicted, Prepared
+from pinnace.inference.batch import PreprocessedRequest
 from pinnace.inference.batching import Batcher
+from pinnace.inference.call import InferenceCall
+from pinnace.inference.codec import EncodedResponse
 from pinnace.inference.model import Model
 from pinnace.inference.scheduler import Scheduler
 from pinnace.observability.logging import banner
 from pinnace.observability.metrics import Metrics
-from pinnace.observability.timings import Latency
-from pinnace.predictor import ModelMetadata, Predictor, Request, Response
+from pinnace.predictor import Arrays, ModelMetadata, Predictor, Request
 from pinnace.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class ModelContext:
-    """What the models of one process share; whoever makes it closes the threads."""
+    """What the models of one process share. Whoever creates it closes the scheduler."""
 
-    threads: Scheduler
+    scheduler: Scheduler
     metrics: Metrics
 
 
 class LocalModel(Model):
-    """A fresh predictor at each load, ready once that has succeeded.
+    """A model in this process: ready once its predictor is loaded. Each load creates a new predictor.
 
-    A request keeps the predictor that it began with, so what an unload frees is free when the last of them is answered.
+    A request keeps the predictor that it began with, so an unload frees the memory when the last such request is
+    answered.
     """
 
     def __init__(
-        self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, shared: ModelContext
+        self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, context: ModelContext
     ) -> None:
-        """Named as `settings` say."""
+        """Create the model `settings.model_name`, not loaded yet."""
         super().__init__(settings.model_name)
         self._class = predictor_class
         self._settings = settings
         self._model_dir = model_dir
-        self._loaded: Predictor | None = None
-        self._changing = threading.Lock()
-        self._metrics = shared.metrics
+        self._predictor: Predictor | None = None
+        self._metadata = ModelMetadata.of(predictor_class)
+        self._load_lock = threading.Lock()
         self._batcher = Batcher(
-            self.name, shared.threads, shared.metrics, settings.max_batch_size, settings.max_batch_delay_ms
+            self.name, context.scheduler, context.metrics, settings.max_batch_size, settings.max_batch_delay_ms
         )
 
     @property
-    def ready(self) -> bool:
-        return self._loaded is not None
+    def is_ready(self) -> bool:
+        """Return whether the predictor is loaded."""
+        return self._predictor is not None
 
     @property
     def metadata(self) -> ModelMetadata:
-        """Of a model that is not loaded, what its class says."""
-        return ModelMetadata.of(self._loaded or self._class)
+        """Return the metadata of the loaded predictor; before a load, that of its class."""
+        return self._metadata
 
     def load(self) -> None:
-        with self._changing:
-            self._loaded = self._loaded or self._load()
+        """Create and load a predictor, unless there is one. Raises StartupError."""
+        with self._load_lock:
+            if self._predictor is None:
+                predictor = self._load()
+                self._metadata = ModelMetadata.of(predictor)
+                self._predictor = predictor
 
     def unload(self) -> None:
-        with self._changing:
-            self._loaded = None
+        """Forget the predictor: its memory is freed when the last request that uses it is answered."""
+        with self._load_lock:
+            self._predictor = None
+            self._metadata = ModelMetadata.of(self._class)
 
-    async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T], latency: Latency) -> T:
-        return await self._batcher.answered(
-            partial(self._prepare, decode, latency), partial(self._answer, encode, latency)
+    async def infer(self, call: InferenceCall) -> EncodedResponse:
+        """Answer one request on worker threads, in a batch with others. Raises ServingError."""
+        return await self._batcher.submit(
+            partial(self._preprocess, call), partial(self._postprocess, call), call.timings
         )
 
     def close(self) -> None:
-        """The threads are not the model's own."""
+        """Do nothing: the worker threads are not the model's own."""
 
     def _load(self) -> Predictor:
         if self._model_dir and not os.access(self._model_dir, os.R_OK):
-            problem = "may not be read" if os.access(self._model_dir, os.F_OK) else "does not exist"
-            raise ModelFileNotFound(f"{self._model_dir}, where {self.name} should be, {problem}: see --model_dir")
+            problem = "cannot be read" if os.access(self._model_dir, os.F_OK) else "does not exist"
+            raise ModelFileNotFound(f"the path of {self.name}, {self._model_dir}, {problem}: see --model_dir")
         try:
             predictor = self._class(self._settings, self._model_dir)
             predictor.load()
@@ -103,36 +108,37 @@ class LocalModel(Model):
                 logger.warning(line)
         return predictor
 
-    def _prepare(self, decode: Callable[[], Request], latency: Latency) -> Prepared:
-        with self._metrics.stage("decode"):
-            request = decode()
-            predictor = self._loaded
-            if predictor is None:
+    def _preprocess(self, call: InferenceCall) -> PreprocessedRequest:
+        """Decode the request and convert it to arrays, on a worker thread."""
+        with call.timings.measure_stage("decode"):
+            predictor = self._predictor
+            if predictor is None:  # unloaded while the request waited
                 raise ModelNotReady(self.name)
-            if not (asked := request.count_rows(predictor.inputs)):
-                raise InvalidInput("the request has no instances")
-            check_instances(asked, self._settings)
+            request = call.decode(predictor.inputs, self._settings.max_instances)
             if predictor.outputs:
                 _check_outputs(request, {spec.name for spec in predictor.outputs})
-            request = replace(request, id=request.id or str(uuid.uuid4()))
-            with latency.of("preprocess", self.name):
-                rows = {name: np.asarray(array) for name, array in predictor.preprocess(request).items()}
-            sizes = {len(array) for array in rows.values()}
+            with call.timings.measure_handler("preprocess"):
+                arrays = {name: np.asarray(array) for name, array in predictor.preprocess(request).items()}
+            sizes = {len(array) for array in arrays.values()}
             if len(sizes) != 1 or 0 in sizes:
-                gave = f"with as many rows in each, one at least, and gave {sizes or 'none'}"
-                raise ValueError(f"preprocess must give arrays {gave}")
-            return Prepared(predictor, request, rows)
+                raise ValueError(
+                    "preprocess must return arrays that have the same number of rows, at least 1; "
+                    f"it returned {sorted(sizes) or 'none'}"
+                )
+            return PreprocessedRequest(predictor, request, arrays)
 
-    def _answer(self, encode: Callable[[Response], T], latency: Latency, prepared: Prepared, predicted: Predicted) -> T:
-        request = prepared.request
-        latency.seconds["predict"] = predicted.run_seconds
-        with self._metrics.stage("encode"):
-            with latency.of("postprocess", self.name):
-                response = prepared.predictor.postprocess(predicted.rows, request)
+    def _postprocess(
+        self, call: InferenceCall, preprocessed: PreprocessedRequest, predictions: Arrays
+    ) -> EncodedResponse:
+        """Convert the predictions to the encoded response, on a worker thread."""
+        with call.timings.measure_stage("encode"):
+            request = preprocessed.request
+            with call.timings.measure_handler("postprocess"):
+                response = preprocessed.predictor.postprocess(predictions, request)
             outputs = {tensor.name: tensor for tensor in response.outputs}
             _check_outputs(request, outputs.keys())
             chosen = [outputs[output.name] for output in request.outputs] or list(outputs.values())
-            return encode(replace(response, outputs=chosen, model_name=self.name, id=request.id))
+            return call.encode(replace(response, outputs=chosen, model_name=self.name, id=request.id), request)
 
 
 def _check_outputs(request: Request, offered: Set[str]) -> None:

@@ -1,64 +1,52 @@
-"""What is served under a name, wherever it runs: its state, what clients are told of it, and its answers."""
+"""The model interface: what the server asks of a model, wherever that model runs."""
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TypeVar
 
-from pinnace.errors import ModelNotReady
-from pinnace.observability.timings import Latency
-from pinnace.predictor import ModelMetadata, Request, Response
-
-T = TypeVar("T")
+from pinnace.inference.call import InferenceCall
+from pinnace.inference.codec import EncodedResponse
+from pinnace.predictor import ModelMetadata
 
 
 class Model(ABC):
-    """Loaded and unloaded from a thread, asked from the event loop."""
+    """A model that is served under a name. It is loaded and unloaded from a thread, and called from the event loop."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @property
     @abstractmethod
-    def ready(self) -> bool:
-        """Whether a request would be answered now."""
+    def is_ready(self) -> bool:
+        """Return whether a request would be answered now."""
 
     @property
     @abstractmethod
     def metadata(self) -> ModelMetadata:
-        """For the metadata."""
+        """Return what clients may know about the model."""
 
     @property
     def state(self) -> str:
-        """As the index of Triton's model repository says it."""
-        return "READY" if self.ready else "UNAVAILABLE"
-
-    def check_ready(self) -> None:
-        """Raises ModelNotReady."""
-        if not self.ready:
-            raise ModelNotReady(self.name)
+        """Return the state as the index of Triton's model repository extension names it."""
+        return "READY" if self.is_ready else "UNAVAILABLE"
 
     @abstractmethod
     def load(self) -> None:
-        """Takes seconds; nothing, where the model is loaded already. Raises StartError."""
+        """Load the model, which takes seconds; do nothing if it is loaded. Raises StartupError."""
 
     @abstractmethod
     def unload(self) -> None:
-        """Gives its memory back, once the requests inside it are answered."""
+        """Free the model's memory once the requests inside it are answered."""
 
     @abstractmethod
-    async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T], latency: Latency) -> T:
-        """Answer one request; `decode` and `encode` are the transport's, called on threads.
+    async def infer(self, call: InferenceCall) -> EncodedResponse:
+        """Answer one request. If cancelled, steps that have not started are skipped. Raises ServingError."""
 
-        Raises ServingError. Cancelled, it gives up what has not started.
-        """
-
-    async def changes(self) -> None:
-        """Returns when `ready` is another without a load or an unload; waits for ever where that cannot be."""
+    async def wait_until_ready_changes(self) -> None:
+        """Return when `is_ready` has changed without a load or an unload. Here: never."""
         await asyncio.Event().wait()
 
     @abstractmethod
     def close(self) -> None:
-        """At the end of the process; waits for nothing."""
+        """Release what outlives the process, without waiting."""

@@ -1,4 +1,4 @@
-"""The models by name, and their state: who would answer now, and the loads and unloads that clients ask for."""
+"""The model repository: the models by name, whether they are ready, and the loads and unloads that clients request."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from pinnace.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING_CHANGES = 16  # loads and unloads that wait for their turn
+MAX_PENDING_CHANGES = 16  # loads and unloads that run or wait for their turn
 
 
 class Repository:
-    """The models that are served, in the order of their registration; clients may neither add one nor name a path.
+    """The models that are served, in the order of their registration. Clients can neither add a model nor name a path.
 
-    `changed` is set, and replaced by another event, when the answer to who is ready may have changed.
+    `changed` is set, and replaced by a new event, whenever the readiness of the server or of a model may have changed.
     """
 
     def __init__(self, models: Iterable[Model], metrics: Metrics, mutable: bool) -> None:
-        """`may_change` is --enable_model_repository."""
+        """Register the models. `mutable` is the setting enable_model_repository: clients may load and unload."""
         self._models = {model.name: model for model in models}
         self._metrics = metrics
         for model in self:
-            metrics.model(model.name, model.metadata.platform, model.ready)
+            metrics.set_model_state(model.name, model.metadata.platform, model.is_ready)
         self._loader = ThreadPoolExecutor(1, "loader")
-        self._changes = 0
+        self._num_pending_changes = 0
         self.mutable = mutable
-        self.draining = False
+        self.is_draining = False
         self.changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[Model]:
@@ -41,104 +41,101 @@ class Repository:
 
     @property
     def names(self) -> list[str]:
+        """Return the names of the models."""
         return list(self._models)
 
-    @property
-    def ready(self) -> bool:
-        """Whether an inference would be answered now, of one model at least: each tells of itself besides."""
-        return not self.draining and any(model.ready for model in self)
+    def is_ready(self, name: str = "") -> bool:
+        """Return whether probes should see the model as ready; without a name, whether any model is.
+
+        During a drain the answer is no, although requests are still answered. Raises ModelNotFound.
+        """
+        models = [self.get(name)] if name else self
+        return not self.is_draining and any(model.is_ready for model in models)
 
     def get(self, name: str) -> Model:
-        """Raises ModelNotFound."""
+        """Return the model. Raises ModelNotFound."""
         try:
             return self._models[name]
         except KeyError:
             raise ModelNotFound(name) from None
 
-    def is_ready(self, name: str) -> bool:
-        """What probes of one model are told: false in a drain, which still answers. Raises ModelNotFound."""
-        return self.get(name).ready and not self.draining
-
-    def check_ready(self, name: str) -> None:
-        """The same for probes that are told by an error. Raises ModelNotFound and ModelNotReady."""
-        if not self.is_ready(name):
-            raise ModelNotReady(name)
-
     def get_ready(self, name: str) -> Model:
-        """Whoever may be asked now. Raises ModelNotFound and ModelNotReady."""
+        """Return the model if it answers requests now, also during a drain. Raises ModelNotFound and ModelNotReady."""
         model = self.get(name)
-        model.check_ready()
+        if not model.is_ready:
+            raise ModelNotReady(name)
         return model
 
     def index(self, only_ready: bool) -> list[Model]:
-        """Raises NotSupported."""
-        self.check_may_change()
-        return [model for model in self if model.ready or not only_ready]
+        """Return the models for the index of Triton's model repository extension. Raises NotSupported."""
+        self.check_mutable()
+        return [model for model in self if model.is_ready or not only_ready]
 
     async def load(self, name: str) -> None:
-        """Load the model from where the settings say. Raises NotSupported, ModelNotFound, LoadFailed and Overloaded."""
-        await self._change(name, lambda model: model.load())
+        """Load the model from its configured path. Raises NotSupported, ModelNotFound, LoadFailed and Overloaded."""
+        await self._enqueue(name, lambda model: model.load())
 
     async def unload(self, name: str) -> None:
-        """Give the model's memory back, once its requests under way are answered. Raises what `load` raises."""
-        await self._change(name, lambda model: model.unload())
+        """Free the model's memory once its requests in flight are answered. Raises what `load` raises."""
+        await self._enqueue(name, lambda model: model.unload())
 
     async def watch(self) -> None:
-        """Tells of models whose readiness changes by itself, as where they run elsewhere; until it is cancelled."""
+        """Publish changes of readiness that have other causes, such as a lost replica, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for model in self:
                 tasks.create_task(self._watch(model))
 
     def drain(self) -> None:
-        """From now on not ready, whatever is answered yet."""
-        self.draining = True
-        self._announce()
+        """Report not ready from now on. Requests are still answered."""
+        self.is_draining = True
+        self._notify()
 
     def close(self) -> None:
+        """Close the models without waiting for a load or unload that runs."""
         for model in self:
             model.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    def check_may_change(self) -> None:
-        """Raises NotSupported."""
+    def check_mutable(self) -> None:
+        """Raise NotSupported unless clients may load and unload models."""
         if not self.mutable:
             raise NotSupported("The model repository is off: see --enable_model_repository")
 
-    async def _change(self, name: str, change: Callable[[Model], None]) -> None:
-        """One after the other, and to its end even if its client leaves."""
-        self.check_may_change()
+    async def _enqueue(self, name: str, change: Callable[[Model], None]) -> None:
+        """Apply a load or unload after those before it. It completes even if its client disconnects."""
+        self.check_mutable()
         model = self.get(name)
-        if self._changes >= MAX_PENDING_CHANGES:
+        if self._num_pending_changes >= MAX_PENDING_CHANGES:
             raise Overloaded("loads and unloads")
-        self._changes += 1
-        work = asyncio.get_running_loop().run_in_executor(self._loader, _changed, model, change)
-        work.add_done_callback(partial(self._done, model))
+        self._num_pending_changes += 1
+        work = asyncio.get_running_loop().run_in_executor(self._loader, _apply, model, change)
+        work.add_done_callback(partial(self._on_applied, model))
         try:
             await asyncio.shield(work)
         except StartupError:
             raise LoadFailed(name) from None
 
-    def _done(self, model: Model, work: asyncio.Future[None]) -> None:
-        self._changes -= 1
+    def _on_applied(self, model: Model, work: asyncio.Future[None]) -> None:
+        self._num_pending_changes -= 1
         if not work.cancelled() and (error := work.exception()):
             logger.error("%s could not be loaded: %s", model.name, error)
-        self._tell(model)
+        self._publish_state(model)
 
     async def _watch(self, model: Model) -> None:
         while True:
-            await model.changes()
-            self._tell(model)
+            await model.wait_until_ready_changes()
+            self._publish_state(model)
 
-    def _tell(self, model: Model) -> None:
-        logger.info("%s is %s", model.name, "ready" if model.ready else "not ready")
-        self._metrics.model(model.name, model.metadata.platform, model.ready)
-        self._announce()
+    def _publish_state(self, model: Model) -> None:
+        logger.info("%s is %s", model.name, "ready" if model.is_ready else "not ready")
+        self._metrics.set_model_state(model.name, model.metadata.platform, model.is_ready)
+        self._notify()
 
-    def _announce(self) -> None:
+    def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
 
 
-def _changed(model: Model, change: Callable[[Model], None]) -> None:
+def _apply(model: Model, change: Callable[[Model], None]) -> None:
     change(model)
     collect_and_freeze()

@@ -1,8 +1,9 @@
-"""The threads beside the event loop, which all models share, and what each of them does next.
+"""The scheduler: the worker threads that all models share, and what each of them does next.
 
-Whoever is free encodes an answer, else runs a batch that is due, else decodes a request; and goes on with what came of
-its own work. So a lone request is decoded, run and encoded by one thread: with a thread for each, int8 AlexNet took
-11.8 ms instead of 10.2, most of it since a woken thread and those of ONNX Runtime began on the same core (measured).
+A free worker takes, in this order, a response to encode, a batch that is ready to run, a request to decode. It goes on
+with what its own work has made possible, so a lone request is decoded, run and encoded by one thread. With a thread per
+step int8 AlexNet took 11.8 ms instead of 10.2 ms, because a woken thread and ONNX Runtime's threads began on the same
+core (measured).
 """
 
 from __future__ import annotations
@@ -16,165 +17,176 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from pinnace.errors import ServingError
 from pinnace.observability.logging import to_client_error
 
 T = TypeVar("T")
 
 Job = Callable[[], None]
+"""A piece of work for one worker. It raises nothing."""
 
 
 class Source(Protocol):
-    """Where work comes from. Both methods are called with the lock of the threads held."""
+    """A source of jobs. The scheduler calls both methods with its lock held."""
 
-    def due_at(self, now: float) -> float:
-        """When its next work may begin, on the clock of time.perf_counter; the past is now, infinity is never."""
+    def ready_at(self, now: float) -> float:
+        """Return when the next job may start, on the clock of time.perf_counter: the past means now, infinity never."""
 
-    def take(self) -> Job:
-        """The next work, which is due. It raises nothing."""
+    def next_job(self) -> Job:
+        """Return the next job, which is ready. Raises nothing."""
 
 
-class Line:
-    """Work in the order of its coming, so much of it at a time."""
+class JobQueue:
+    """Jobs that run in order of arrival, at most `max_concurrency` at a time."""
 
-    def __init__(self, threads: Scheduler, most_at_once: int, beside_runs: bool) -> None:
-        """Not `beside_runs`, none of it begins while a run has every core."""
-        self._threads = threads
-        self._most = most_at_once
-        self._beside_runs = beside_runs
-        self._under_way = 0
+    def __init__(self, scheduler: Scheduler, max_concurrency: int, concurrent_with_runs: bool) -> None:
+        """Unless `concurrent_with_runs`, no job starts while a run of a model uses all cores."""
+        self._scheduler = scheduler
+        self._max_concurrency = max_concurrency
+        self._concurrent_with_runs = concurrent_with_runs
+        self._num_running = 0
         self._jobs: deque[Job] = deque()
 
     def append(self, job: Job) -> None:
-        """With the lock held."""
+        """Add a job. Call with the scheduler's lock held."""
         self._jobs.append(job)
 
-    def due_at(self, _: float) -> float:
-        free = self._jobs and self._under_way < self._most and (self._beside_runs or not self._threads.cores_taken)
-        return 0.0 if free else math.inf
+    def ready_at(self, _: float) -> float:
+        """Return 0 if a job may start, else infinity."""
+        has_capacity = self._num_running < self._max_concurrency
+        is_allowed = self._concurrent_with_runs or not self._scheduler.has_exclusive_run
+        return 0.0 if self._jobs and has_capacity and is_allowed else math.inf
 
-    def take(self) -> Job:
-        job = self._jobs.popleft()
-        self._under_way += 1
+    def next_job(self) -> Job:
+        """Return the oldest job, counted as running until it ends."""
+        self._num_running += 1
+        return partial(self._run, self._jobs.popleft())
 
-        def done() -> None:
-            try:
-                job()
-            finally:
-                with self._threads.lock:
-                    self._under_way -= 1
-
-        return done
+    def _run(self, job: Job) -> None:
+        try:
+            job()
+        finally:
+            with self._scheduler.lock:
+                self._num_running -= 1
 
 
 @dataclass(eq=False, slots=True)
-class _Asleep:
-    """One idle thread: it looks again `at` that time, or when it is woken."""
+class _IdleWorker:
+    """A sleeping worker: it checks the queues again at `wakes_at`, or when `wake` is released."""
 
-    at: float
+    wakes_at: float
     wake: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
 
 class Scheduler:
-    """As many decode at once as are named, one encodes, and each model may run beside them."""
+    """A pool of worker threads: `decoders` decode slots, one encode slot, and one run slot per model."""
 
     def __init__(self, decoders: int) -> None:
         self.lock = threading.Lock()
-        self.cores_taken = False
-        """By a run that takes every core: nothing is decoded then, and no other such run begins."""
-        self.decoding, self.encoding = Line(self, decoders, beside_runs=False), Line(self, 1, beside_runs=True)
-        self._runs: list[Source] = []
-        self._idle: list[_Asleep] = []  # the last to fall asleep is the first to be woken: its memory is warm
-        self._waking = self._closed = False
+        self.has_exclusive_run = False
+        """Whether a run uses all cores. Meanwhile nothing is decoded, and no other such run starts."""
+        self.decode_queue = JobQueue(self, decoders, concurrent_with_runs=False)
+        self.encode_queue = JobQueue(self, 1, concurrent_with_runs=True)
+        self._models: list[Source] = []
+        self._idle: list[_IdleWorker] = []  # the last one to sleep is woken first: its memory is still in the caches
+        self._is_waking = self._is_closed = False
         for _ in range(decoders + 1):
-            self._start()
+            self._start_worker()
 
-    def add(self, runs: Source) -> None:
-        """Of one more model. Whose work has waited longest comes first."""
+    def add_source(self, model: Source) -> None:
+        """Add the runs of one more model, and a worker for them."""
         with self.lock:
-            self._runs.append(runs)
-        self._start()
+            self._models.append(model)
+        self._start_worker()
 
-    async def decode(self, work: Callable[[], T]) -> T:
-        """Raises ServingError alone."""
-        return await self._done(self.decoding, work)
+    async def submit_decode(self, work: Callable[[], T]) -> T:
+        """Run `work` on a decode slot and return its result. Raises ServingError only."""
+        return await self._submit_to(self.decode_queue, work)
 
-    async def encode(self, work: Callable[[], T]) -> T:
-        """Raises ServingError alone."""
-        return await self._done(self.encoding, work)
+    async def submit_encode(self, work: Callable[[], T]) -> T:
+        """Run `work` on the encode slot and return its result. Raises ServingError only."""
+        return await self._submit_to(self.encode_queue, work)
 
-    def look(self) -> None:
-        """With the lock held, after a change: wake somebody for work, or a time to watch, that nobody will see to.
+    async def submit(self, result: asyncio.Future[T], enqueue: Callable[[], None]) -> T:
+        """Call `enqueue` with the lock held, wake a worker, and wait for the result that some job will set."""
+        with self.lock:
+            enqueue()
+            self.wake_worker()
+        return await result
 
-        Not needed from work itself, whose thread looks next; and who is woken looks for the others.
+    def wake_worker(self) -> None:
+        """Wake one idle worker if none is due to check the queues in time. Call with the lock held after queueing work.
+
+        Jobs need not call this: their worker checks the queues when the job ends, and wakes further workers.
         """
-        if self._idle and not self._waking:
-            due_at, _ = self._next(time.perf_counter())
-            if due_at < min(one.at for one in self._idle):
+        if self._idle and not self._is_waking:
+            ready_at, _ = self._next_source(time.perf_counter())
+            if ready_at < min(worker.wakes_at for worker in self._idle):
                 self._idle.pop().wake.release()
-                self._waking = True
+                self._is_waking = True
 
     def close(self) -> None:
-        """Without waiting for work that is under way; what is not begins no more."""
+        """End the workers without waiting for jobs that run; jobs that have not started never will."""
         with self.lock:
-            self._closed = True
+            self._is_closed = True
             while self._idle:
                 self._idle.pop().wake.release()
 
-    async def _done(self, line: Line, work: Callable[[], T]) -> T:
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    async def _submit_to(self, queue: JobQueue, work: Callable[[], T]) -> T:
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         context = copy_context()
 
         def job() -> None:
-            if not done.cancelled():
-                resolve(done, *context.run(capture, work))
+            if not result.cancelled():
+                resolve(result, *context.run(capture, work))
 
-        with self.lock:
-            line.append(job)
-            self.look()
-        return await done
+        return await self.submit(result, partial(queue.append, job))
 
-    def _start(self) -> None:
+    def _start_worker(self) -> None:
         threading.Thread(target=self._work, name="worker", daemon=True).start()
 
     def _work(self) -> None:
-        while not self._closed:
+        while not self._is_closed:
             self._work_once()
 
     def _work_once(self) -> None:
-        """A method of its own, so that an idle thread holds on to nothing of a model that is unloaded meanwhile."""
+        """Run one job, or sleep. A separate method, so that an idle worker's frame keeps no reference to a model."""
         with self.lock:
-            self._waking = False
-            due_at, source = self._next(now := time.perf_counter())
-            if due_at <= now and source:
-                job = source.take()
-                self.look()
+            self._is_waking = False
+            ready_at, source = self._next_source(now := time.perf_counter())
+            if ready_at <= now and source:
+                job = source.next_job()
+                self.wake_worker()
             else:
-                asleep = _Asleep(due_at)
-                self._idle.append(asleep)
-        if due_at <= now:
+                idle = _IdleWorker(ready_at)
+                self._idle.append(idle)
+        if ready_at <= now:
             job()
-        elif not asleep.wake.acquire(timeout=None if due_at == math.inf else due_at - now):
+        elif not idle.wake.acquire(timeout=None if ready_at == math.inf else ready_at - now):
             with self.lock:
-                if asleep in self._idle:
-                    self._idle.remove(asleep)
+                if idle in self._idle:
+                    self._idle.remove(idle)
 
-    def _next(self, now: float) -> tuple[float, Source | None]:
-        """What is to be done, and from when on: the first kind of which something is due, else what is due first."""
-        soonest: tuple[float, Source | None] = (math.inf, None)
-        for kind in ([self.encoding], self._runs, [self.decoding]):
+    def _next_source(self, now: float) -> tuple[float, Source | None]:
+        """Return the source whose job comes next, and when: by kind if any job is ready now, else the earliest."""
+        earliest: tuple[float, Source | None] = (math.inf, None)
+        for kind in ([self.encode_queue], self._models, [self.decode_queue]):
             for source in kind:
-                soonest = min(soonest, (source.due_at(now), source), key=lambda one: one[0])
-            if soonest[0] <= now:
+                ready_at = source.ready_at(now)
+                if ready_at < earliest[0]:
+                    earliest = (ready_at, source)
+            if earliest[0] <= now:
                 break
-        return soonest
+        return earliest
 
 
-def capture(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What work on a thread gives, or the ServingError for what it raised; what nobody foresaw is logged here.
+def capture(work: Callable[[], T]) -> tuple[T | None, ServingError | None]:
+    """Return (result, None) or (None, error).
 
-    That is SystemExit as well: the threads are everybody's.
+    Unexpected exceptions, SystemExit included, are logged and become InternalError: all models share the threads.
     """
     try:
         return work(), None
@@ -182,16 +194,16 @@ def capture(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, to_client_error(error)
 
 
-def resolve(answer: asyncio.Future[Any], result: object, error: Exception | None) -> None:
-    """From a thread."""
-    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        answer.get_loop().call_soon_threadsafe(_settle, answer, result, error)
+def resolve(result: asyncio.Future[Any], value: object, error: Exception | None) -> None:
+    """Set a future's result or error from a worker thread."""
+    with suppress(RuntimeError):  # the loop is closed: nobody waits for the result any more
+        result.get_loop().call_soon_threadsafe(_set_result, result, value, error)
 
 
-def _settle(answer: asyncio.Future[Any], result: object, error: Exception | None) -> None:
-    if answer.cancelled():
+def _set_result(result: asyncio.Future[Any], value: object, error: Exception | None) -> None:
+    if result.cancelled():
         return
     if error:
-        answer.set_exception(error)
+        result.set_exception(error)
     else:
-        answer.set_result(result)
+        result.set_result(value)

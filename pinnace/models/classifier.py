@@ -69,7 +69,7 @@ class Classifier(Predictor):
 
     def preprocess(self, request: Request) -> Arrays:
         """Images or prepared tensors, of one input or of several in a row, to `pixels`, FP32 [rows, 3, crop, crop]."""
-        if request.instances and len(request.inputs) > 1:
+        if request.num_instances and len(request.inputs) > 1:
             raise InvalidInput(f"the model takes one value an instance, not {len(request.inputs)}")
         pixels = [array for tensor in request.inputs for array in self._pixels(tensor)]
         return {"pixels": np.concatenate(pixels) if len(pixels) > 1 else pixels[0]}

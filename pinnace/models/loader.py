@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_PATHS = (MOUNTED, Path(__file__).parent.parent.parent / "model")
 
 
-def make_models(settings: Settings, shared: ModelContext) -> list[Model]:
+def make_models(settings: Settings, context: ModelContext) -> list[Model]:
     """The models of the settings, not loaded yet. Raises StartError."""
     paths = _model_paths(settings)
     predictors = _predictors(settings.predictor, paths)
@@ -32,7 +32,7 @@ def make_models(settings: Settings, shared: ModelContext) -> list[Model]:
     else:
         model_class = LocalModel
     return [
-        model_class(predictors[name], replace(settings, model_name=name), path, shared) for name, path in paths.items()
+        model_class(predictors[name], replace(settings, model_name=name), path, context) for name, path in paths.items()
     ]
 
 

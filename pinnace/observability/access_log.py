@@ -1,4 +1,4 @@
-"""One line a request, of either protocol: as uvicorn writes it, or in a format made of asgi-logger's atoms."""
+"""The access log: one line per HTTP request or gRPC call, in uvicorn's format or one made of asgi-logger's atoms."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pinnace.observability.logging import ACCESS_LOGGER, FORMATTED_ACCESS_LOGGER, REQUEST_ID, status_phrase
+from pinnace.observability.logging import ACCESS_LOGGER, FORMATTED_ACCESS_LOGGER, status_phrase
+from pinnace.observability.timings import start_timings
 
 REQUEST_ID_HEADER = b"x-request-id"
 MAX_REQUEST_ID_BYTES = 200
 
-plain = logging.getLogger(ACCESS_LOGGER)
-formatted = logging.getLogger(FORMATTED_ACCESS_LOGGER)
+uvicorn_logger = logging.getLogger(ACCESS_LOGGER)
+formatted_logger = logging.getLogger(FORMATTED_ACCESS_LOGGER)
 
 
 class AccessLogMiddleware:
-    """Pure ASGI middleware, which also carries x-request-id through; `write` is for who serves without ASGI."""
+    """ASGI middleware that starts a request's timings, sends its x-request-id back, and logs it when it has ended."""
 
     def __init__(self, app: ASGIApp, access_log_format: str) -> None:
         self._app = app
@@ -31,14 +32,13 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started_at = time.perf_counter()
         request_id = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")[:MAX_REQUEST_ID_BYTES]
-        REQUEST_ID.set(request_id.decode("latin-1"))  # of this task alone
+        timings = start_timings(request_id.decode("latin-1"))
         status: int | str = 0
         sent_bytes = 0
         response_headers: list[tuple[bytes, bytes]] = []
 
-        async def seen(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status, sent_bytes, response_headers
             if message["type"] == "http.response.start":
                 response_headers = list(message.get("headers", ()))
@@ -51,12 +51,12 @@ class AccessLogMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, seen)
+            await self._app(scope, receive, send_and_record)
         finally:
-            write(self._format, scope, status, sent_bytes, response_headers, time.perf_counter() - started_at)
+            log_request(self._format, scope, status, sent_bytes, response_headers, timings.age_seconds)
 
 
-def write(
+def log_request(
     access_log_format: str,
     scope: Mapping[str, Any],
     status: int | str,
@@ -64,17 +64,20 @@ def write(
     response_headers: Iterable[tuple[bytes, bytes]],
     seconds: float,
 ) -> None:
-    """A line in the given format, else in uvicorn's; no line has anything of a body. A gRPC status is its name."""
+    """Log one request in the given format; if it is empty, in uvicorn's. A line never contains any of a body.
+
+    `scope` is an ASGI scope, or what a gRPC call has of it; the status of a gRPC call is its name.
+    """
     if not access_log_format:
-        plain.info(
+        uvicorn_logger.info(
             '%s - "%s %s HTTP/%s" %s', _address(scope), scope["method"], _target(scope), scope["http_version"], status
         )
         return
-    formatted.info(access_log_format, Atoms(scope, status, sent_bytes, response_headers, seconds))
+    formatted_logger.info(access_log_format, Atoms(scope, status, sent_bytes, response_headers, seconds))
 
 
 class Atoms(dict[str, Any]):
-    """What a format may name, as asgi-logger calls it; anything else is "-"."""
+    """The values that a format can name, with asgi-logger's names. Any other name gives "-"."""
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ def _address(scope: Mapping[str, Any]) -> str:
 
 
 def _target(scope: Mapping[str, Any]) -> str:
-    """As it was on the wire: decoded, it could hold a line break."""
+    """Return path and query as they were sent: decoded, they could contain a line break."""
     path, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
     return f"{path}?{query}" if query else path
 

@@ -13,22 +13,19 @@ import logging
 import logging.config
 import sys
 from collections.abc import Mapping
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
 from pinnace.errors import ConfigurationError, InternalError, ServingError, one_line
+from pinnace.observability.timings import LATENCY_LOGGER, current_request_id
 from pinnace.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 ACCESS_LOGGER = "uvicorn.access"
 FORMATTED_ACCESS_LOGGER = "access"  # where KServe's --access_log_format writes
-LATENCY_LOGGER = "kserve.trace"
 LOGGER_PARENTS = {"pinnace": "kserve", "hypercorn.error": "uvicorn.error"}
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""The client's x-request-id, of the request that is being answered."""
 
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 RESET = "\033[0m"
@@ -76,8 +73,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if REQUEST_ID.get():
-            entry["request_id"] = REQUEST_ID.get()
+        if request_id := current_request_id():
+            entry["request_id"] = request_id
         entry |= {name: value for name, value in vars(record).items() if name not in self.STANDARD}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
@@ -94,7 +91,7 @@ def to_client_error(error: BaseException) -> ServingError:
     """What a client may be told: the error itself; of one that nobody foresaw nothing, and the log has it."""
     if isinstance(error, ServingError):
         return error
-    logger.error("request %s failed", REQUEST_ID.get() or "N.A.", exc_info=error)
+    logger.error("request %s failed", current_request_id() or "N.A.", exc_info=error)
     return InternalError()
 
 

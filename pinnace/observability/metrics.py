@@ -1,12 +1,10 @@
-"""What Prometheus is told: KServe's four histograms under their names, and what an operator needs beyond them."""
+"""Metrics for Prometheus: KServe's four histograms under their own names, and what an operator needs beyond them."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -17,7 +15,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-# As KServe describes its own.
+from pinnace.observability.timings import RequestTimings
+
+# KServe's names and descriptions of its own histograms.
 HANDLERS = {
     "preprocess": "pre-process request latency",
     "predict": "predict request latency",
@@ -25,21 +25,24 @@ HANDLERS = {
     "explain": "explain request latency",
 }
 STAGES = (
-    "Time of an inference request in reading its body, waiting for its turn, decoding it to rows, waiting for the "
-    "model, the model, and encoding the answer"
+    "Seconds per stage of an inference request: read its body, wait for a decoder (decode_queue), decode, wait for the "
+    "model (queue), infer, encode"
 )
-RECORDED = ("handled", "staged", "batch", "run", "dropped")
-MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own; set by the supervisor for its workers
+RECORDED = ("count_batch", "observe_batch_rows", "count_dropped")
+MULTIPROCESS_ENV = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own; the supervisor sets it for its workers
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_RECORDED_CALLS = 10_000
 
 MetricCall = tuple[str, tuple[Any, ...]]
-"""A method of Metrics and its arguments."""
+"""The name of a method of Metrics, and its arguments."""
 
 
 class Metrics:
-    """In a registry of their own; safe to use from any thread. Of several workers, each answers for all of them."""
+    """The metrics of this process, in a registry of their own. Safe to use from any thread.
+
+    With several workers, each worker renders the metrics of all.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -50,18 +53,20 @@ class Metrics:
         model = ["model_name"]
         self._handlers = {name: histogram(f"request_{name}_seconds", text, model) for name, text in HANDLERS.items()}
         self._stages = histogram("pinnace_stage_seconds", STAGES, ["stage"], buckets=SECONDS_BUCKETS)
-        self._requests = counter("pinnace_requests", "Inference requests ended", ["protocol", "outcome"])
-        self._rows = histogram("pinnace_batch_rows", "Rows in one run of a model", model, buckets=ROWS_BUCKETS)
-        self._batches = counter("pinnace_batches", "Batches by why they were not larger", [*model, "reason"])
-        self._dropped = counter(
-            "pinnace_dropped_requests", "Requests whose client left while they waited for the model", model
+        self._requests = counter(
+            "pinnace_requests", "Inference requests that have ended, by outcome", ["protocol", "outcome"]
         )
-        self._received = counter("pinnace_received_bytes", "Bodies and messages of inference requests", ["protocol"])
-        self._sent = counter("pinnace_sent_bytes", "Bodies and messages of their answers", ["protocol"])
-        self.in_flight = gauge("pinnace_requests_in_flight", "Inference requests now", multiprocess_mode="livesum")
+        self._rows = histogram("pinnace_batch_rows", "Rows per run of a model", model, buckets=ROWS_BUCKETS)
+        self._batches = counter("pinnace_batches", "Batches, by why they were not larger", [*model, "reason"])
+        self._dropped = counter("pinnace_dropped_requests", "Requests cancelled while they waited for the model", model)
+        self._received = counter("pinnace_received_bytes", "Bytes of inference requests' bodies", ["protocol"])
+        self._sent = counter("pinnace_sent_bytes", "Bytes of inference responses' bodies", ["protocol"])
+        self.in_flight = gauge(
+            "pinnace_requests_in_flight", "Inference requests in flight now", multiprocess_mode="livesum"
+        )
         self.queued_or_running = gauge(
             "pinnace_requests_queued_or_running",
-            "Of those, waiting for the model or in it now",
+            "Requests in flight that wait for the model or run in it now",
             multiprocess_mode="livesum",
         )
         self._models = gauge(
@@ -69,60 +74,48 @@ class Metrics:
         )
         self._ready = gauge("pinnace_model_ready", "1 while the model is loaded", model, multiprocess_mode="livemin")
 
-    def handled(self, name: str, model_name: str, seconds: float) -> None:
-        """One call of a predictor's handler has ended."""
-        self._handlers[name].labels(model_name).observe(seconds)
+    def observe_request(self, protocol: str, outcome: str, timings: RequestTimings) -> None:
+        """Count one inference request that has ended, and observe its stages and handlers."""
+        self._requests.labels(protocol, outcome).inc()
+        for stage, seconds in list(timings.stages.items()):  # a copy: a cancelled request's worker may still add to it
+            self._stages.labels(stage).observe(seconds)
+        for handler, seconds in list(timings.handlers.items()):
+            self._handlers[handler].labels(timings.model_name).observe(seconds)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started_at = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.staged(name, time.perf_counter() - started_at)
-
-    def staged(self, name: str, seconds: float) -> None:
-        """One request has spent so long there."""
-        self._stages.labels(name).observe(seconds)
-
-    def batch(self, model_name: str, reason: str) -> None:
-        """A batch was put together, for that reason."""
-        self._batches.labels(model_name, reason).inc()
-
-    def run(self, model_name: str, rows: int) -> None:
-        self._rows.labels(model_name).observe(rows)
-
-    def inferred(self, model_name: str, seconds: float) -> None:
-        """One request's rows were in a run that took so long."""
-        self.staged("infer", seconds)
-        self.handled("predict", model_name, seconds)
-
-    def dropped(self, model_name: str) -> None:
-        """A request whose client had left by the time that its turn came."""
-        self._dropped.labels(model_name).inc()
-
-    def received(self, protocol: str, size_bytes: int) -> None:
+    def count_received_bytes(self, protocol: str, size_bytes: int) -> None:
+        """Count the bytes of one inference request's body."""
         self._received.labels(protocol).inc(size_bytes)
 
-    def sent(self, protocol: str, size_bytes: int) -> None:
+    def count_sent_bytes(self, protocol: str, size_bytes: int) -> None:
+        """Count the bytes of one inference response's body."""
         self._sent.labels(protocol).inc(size_bytes)
 
-    def ended(self, protocol: str, outcome: str) -> None:
-        self._requests.labels(protocol, outcome).inc()
+    def count_batch(self, model_name: str, reason: str) -> None:
+        """Count one batch, by the reason why it was closed."""
+        self._batches.labels(model_name, reason).inc()
 
-    def replay(self, measured: Iterable[MetricCall]) -> None:
-        """Count what a replica has recorded."""
-        for name, arguments in measured:
+    def observe_batch_rows(self, model_name: str, num_rows: int) -> None:
+        """Observe the number of rows of one run of a model."""
+        self._rows.labels(model_name).observe(num_rows)
+
+    def count_dropped(self, model_name: str, num_requests: int) -> None:
+        """Count requests that were cancelled before their turn."""
+        self._dropped.labels(model_name).inc(num_requests)
+
+    def set_model_state(self, name: str, platform: str, is_ready: bool) -> None:
+        """Publish whether a model is ready."""
+        self._models.labels(name, platform).set(1)
+        self._ready.labels(name).set(is_ready)
+
+    def replay(self, calls: Iterable[MetricCall]) -> None:
+        """Repeat the calls that a replica has recorded."""
+        for name, arguments in calls:
             getattr(self, name)(*arguments)
 
-    def model(self, name: str, platform: str, ready: bool) -> None:
-        self._models.labels(name, platform).set(1)
-        self._ready.labels(name).set(ready)
-
     def render(self, accept: str) -> tuple[bytes, str]:
-        """The text and its content type, OpenMetrics where the Accept header asks for it; takes a millisecond."""
+        """Return the exposition and its content type: OpenMetrics if `accept` asks for it. Takes a millisecond."""
         registry = self._registry
-        if MULTIPROCESS in os.environ:  # and in the supervisor's directory the numbers of all workers
+        if MULTIPROCESS_ENV in os.environ:  # the supervisor's directory has the numbers of all workers
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         encode, content_type = choose_encoder(accept)
@@ -130,17 +123,17 @@ class Metrics:
 
 
 class ReplicaMetrics(Metrics):
-    """In a replica: what it measures goes along with its next answer, and is counted by the server that asked."""
+    """The metrics of a replica: it records the calls, and the server that called the replica repeats them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._measured: deque[MetricCall] = deque(maxlen=MAX_RECORDED_CALLS)
+        self._calls: deque[MetricCall] = deque(maxlen=MAX_RECORDED_CALLS)
         for name in RECORDED:
             setattr(self, name, partial(self._record, name))
 
     def _record(self, name: str, *arguments: Any) -> None:
-        self._measured.append((name, arguments))
+        self._calls.append((name, arguments))
 
-    def taken(self) -> list[MetricCall]:
-        """What has been recorded since the last time."""
-        return [self._measured.popleft() for _ in range(len(self._measured))]
+    def drain(self) -> list[MetricCall]:
+        """Return the calls recorded since the last drain."""
+        return [self._calls.popleft() for _ in range(len(self._calls))]

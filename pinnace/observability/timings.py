@@ -1,44 +1,103 @@
-"""What one request spends in each of a predictor's handlers, as KServe logs it and counts it in its histograms."""
+"""Timings: when one request began, and how long it spends in each stage of the server and in each handler.
+
+There is one `RequestTimings` per request. The access log starts it; transports and models add to it; the access log,
+the `server-timing` header, the latency log line and the metrics read it.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-from pinnace.observability.logging import LATENCY_LOGGER, REQUEST_ID
-from pinnace.observability.metrics import Metrics
+LATENCY_LOGGER = "kserve.trace"
+HANDLERS = ("preprocess", "explain", "predict", "postprocess")
 
-trace = logging.getLogger(LATENCY_LOGGER)
+latency_logger = logging.getLogger(LATENCY_LOGGER)
 
 
-class Latency:
-    """Of one request."""
+class RequestTimings:
+    """The times of one request, in seconds. Only the thread that works on the request writes to it."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._started_at = time.perf_counter()
-        self.seconds = {"preprocess": 0.0, "explain": 0.0, "predict": 0.0, "postprocess": 0.0}
+    __slots__ = ("handlers", "model_name", "request_id", "stages", "started_at")
+
+    def __init__(self, request_id: str = "", age_seconds: float = 0.0) -> None:
+        """Start the clock, `age_seconds` ago. `request_id` is the client's x-request-id, empty if it sent none."""
+        self.request_id = request_id
+        self.started_at = time.perf_counter() - age_seconds
+        self.model_name = ""
+        """The model that the request is for, once it is known to exist."""
+        self.stages: dict[str, float] = {}
+        """Seconds by stage: read, decode_queue, decode, queue, infer, encode."""
+        self.handlers: dict[str, float] = {}
+        """Seconds by handler of the predictor: preprocess, predict, postprocess."""
+
+    @property
+    def age_seconds(self) -> float:
+        """Return the seconds since the request began."""
+        return time.perf_counter() - self.started_at
 
     @contextmanager
-    def of(self, handler: str, model_name: str) -> Iterator[None]:
-        """Times one call of it, also where it raises."""
+    def measure_stage(self, stage: str) -> Iterator[None]:
+        """Time the body of a `with` statement as one stage, also if it raises."""
         started_at = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[handler] = time.perf_counter() - started_at
-            self._metrics.handled(handler, model_name, self.seconds[handler])
+            self.stages[stage] = time.perf_counter() - started_at
+
+    @contextmanager
+    def measure_handler(self, handler: str) -> Iterator[None]:
+        """Time the body of a `with` statement as one call of a handler, also if it raises."""
+        started_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.handlers[handler] = time.perf_counter() - started_at
+
+    def record_run(self, seconds: float) -> None:
+        """Record the run of the model that the request's rows were part of."""
+        self.stages["infer"] = self.handlers["predict"] = seconds
+
+    def update(self, stages: Mapping[str, float], handlers: Mapping[str, float]) -> None:
+        """Add times that another process measured for this request."""
+        self.stages |= stages
+        self.handlers |= handlers
 
     @property
     def server_timing(self) -> str:
-        """W3C's header, in milliseconds; `other` is what has gone by outside the handlers: waiting, JSON."""
-        spent = {name: seconds for name, seconds in self.seconds.items() if seconds}
-        spent["other"] = time.perf_counter() - self._started_at - sum(spent.values())
-        return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in spent.items())
+        """Return the value of the `server-timing` header, in milliseconds (https://www.w3.org/TR/server-timing/).
 
-    def log(self) -> None:
-        """The line of --enable_latency_logging."""
-        handlers = ", ".join(f"{name}_ms: {round(seconds * 1000, 9):g}" for name, seconds in self.seconds.items())
-        trace.info("requestId: %s, %s", REQUEST_ID.get() or "N.A.", handlers)
+        `other` is the time since the body was read that no handler accounts for: waiting, JSON, base64.
+        """
+        entries = {name: self.handlers[name] for name in HANDLERS if name in self.handlers}
+        entries["other"] = self.age_seconds - self.stages.get("read", 0.0) - sum(entries.values())
+        return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in entries.items())
+
+    def log_handlers(self) -> None:
+        """Write the line of --enable_latency_logging, in KServe's format."""
+        handlers = ", ".join(f"{name}_ms: {round(self.handlers.get(name, 0.0) * 1000, 9):g}" for name in HANDLERS)
+        latency_logger.info("requestId: %s, %s", self.request_id or "N.A.", handlers)
+
+
+_current: ContextVar[RequestTimings | None] = ContextVar("request_timings", default=None)
+
+
+def start_timings(request_id: str, age_seconds: float = 0.0) -> RequestTimings:
+    """Start the timings of a request and make them the current ones of this task and of the jobs it submits."""
+    timings = RequestTimings(request_id, age_seconds)
+    _current.set(timings)
+    return timings
+
+
+def current_timings() -> RequestTimings:
+    """Return the timings of the request that this task or job works on; new ones if there is none."""
+    return _current.get() or RequestTimings()
+
+
+def current_request_id() -> str:
+    """Return the x-request-id of the request that this task or job works on; empty if there is none."""
+    timings = _current.get()
+    return timings.request_id if timings else ""

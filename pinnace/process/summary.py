@@ -18,7 +18,7 @@ def summary(models: Iterable[Model], settings: Settings) -> list[str]:
 
 
 def _facts(model: Model) -> str:
-    if not model.ready:
+    if not model.is_ready:
         return "NOT SERVED"
     metadata = model.metadata
     return ", ".join(f"{name} {value}" for name, value in metadata.properties.items()) or metadata.platform or "ready"

@@ -24,7 +24,7 @@ from pinnace import STOP_SIGNALS
 from pinnace.cpus import available_cpus
 from pinnace.errors import ShutdownTimeout, one_line
 from pinnace.models.storage import model_of
-from pinnace.observability.metrics import MULTIPROCESS
+from pinnace.observability.metrics import MULTIPROCESS_ENV
 from pinnace.process.sockets import FORCE_EXIT, STOP, VARIABLE, bind_http, reserve_grpc
 from pinnace.runtimes.shared_weights import VARIABLE as SHARED_WEIGHTS
 from pinnace.settings import Settings
@@ -56,7 +56,7 @@ def run(settings: Settings) -> int:
         tempfile.TemporaryDirectory(prefix="pinnace-metrics-", dir=in_memory) as metrics_dir,
         tempfile.TemporaryDirectory(prefix="pinnace-weights-", dir=_disk()) as weights_dir,
     ):
-        shared = {MULTIPROCESS: metrics_dir, SHARED_WEIGHTS: weights_dir}
+        shared = {MULTIPROCESS_ENV: metrics_dir, SHARED_WEIGHTS: weights_dir}
         supervisor = Supervisor(command, http, shared, settings.grace_period_seconds)
         return asyncio.run(supervisor.run(settings.workers))
 
@@ -131,7 +131,7 @@ class Supervisor:
             code = await self._until_it_ends(process, line)
             del self._workers[process]
             # Its counts stay in the metrics; what it had under way does not.
-            mark_process_dead(process.pid, self._shared[MULTIPROCESS])  # type: ignore[no-untyped-call]
+            mark_process_dead(process.pid, self._shared[MULTIPROCESS_ENV])  # type: ignore[no-untyped-call]
             return code, _is_ready(line)
 
     async def _start(self) -> tuple[asyncio.subprocess.Process, socket.socket]:

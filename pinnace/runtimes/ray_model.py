@@ -11,18 +11,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pinnace.errors import ConfigurationError, RayHeadLost, RayUnavailable, ReplicaLost, ServingError, one_line
+from pinnace.inference.call import InferenceCall
+from pinnace.inference.codec import EncodedResponse
 from pinnace.inference.local_model import ModelContext
 from pinnace.inference.model import Model
-from pinnace.observability.logging import REQUEST_ID, to_client_error
-from pinnace.observability.timings import Latency
-from pinnace.predictor import ModelMetadata, Predictor, Request, Response
+from pinnace.observability.logging import to_client_error
+from pinnace.observability.timings import RequestTimings
+from pinnace.predictor import ModelMetadata, Predictor, Request
 from pinnace.runtimes.ray_replica import Outcome, Replica
 from pinnace.settings import Settings
 
@@ -54,26 +55,27 @@ class RayModel(Model):
     """Ready while a replica runs, or where none has to; how many there are and where is Ray Serve's business."""
 
     def __init__(
-        self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, shared: ModelContext
+        self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, context: ModelContext
     ) -> None:
         super().__init__(settings.model_name)
         try:
             self._application = _application(predictor_class, settings, model_dir and model_dir.resolve())
         except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
             raise ConfigurationError(f"--ray_actor_options or --autoscaling_config: {one_line(error)}") from error
-        self._threads, self._metrics = shared.threads, shared.metrics
+        self._scheduler, self._metrics = context.scheduler, context.metrics
+        self._max_instances = settings.max_instances
         self._scales_to_zero = json.loads(settings.autoscaling_config).get("min_replicas") == 0
         self._handle: Any = None
         self._ready = self._deployed = False
-        self._description = ModelMetadata.of(predictor_class)
+        self._metadata = ModelMetadata.of(predictor_class)
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         return self._ready
 
     @property
     def metadata(self) -> ModelMetadata:
-        return self._description
+        return self._metadata
 
     def load(self) -> None:
         if self._ready:
@@ -84,7 +86,7 @@ class RayModel(Model):
             target = serve.RunTarget(self._application, name=self.name, route_prefix=None)
             (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
             self._await_running()
-            self._description = self._handle.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_SECONDS)
+            self._metadata = self._handle.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_SECONDS)
         except (RayError, RayServeException, TimeoutError) as error:
             raise RayUnavailable(f"Ray Serve cannot run {self.name}: {one_line(error)}") from error
         self._ready = self._deployed = True
@@ -93,18 +95,22 @@ class RayModel(Model):
         self._ready = self._deployed = False
         serve.delete(self.name)
 
-    async def infer(self, decode: Callable[[], Request], encode: Callable[[Response], T], latency: Latency) -> T:
-        request = await self._threads.decode(decode)
+    async def infer(self, call: InferenceCall) -> EncodedResponse:
+        """Answer one request: decoded and encoded here, run in a replica. Raises ServingError."""
+        request = await self._scheduler.submit_decode(partial(self._decode, call))
         with self._metrics.queued_or_running.track_inprogress():
-            outcome = await self._ask(request)
-        self._metrics.replay(outcome.measured)
-        latency.seconds |= outcome.seconds
-        if isinstance(outcome.answer, ServingError):
-            raise outcome.answer
-        return await self._threads.encode(partial(encode, outcome.answer))
+            outcome = await self._call_replica(request, call.timings)
+        self._metrics.replay(outcome.metric_calls)
+        call.timings.update(outcome.stages, outcome.handlers)
+        if isinstance(outcome.result, ServingError):
+            raise outcome.result
+        return await self._scheduler.submit_encode(partial(call.encode, outcome.result, request))
 
-    async def changes(self) -> None:
-        """Raises EngineLost."""
+    def _decode(self, call: InferenceCall) -> Request:
+        return call.decode(self._metadata.inputs, self._max_instances)
+
+    async def wait_until_ready_changes(self) -> None:
+        """Return when a replica was lost or found. Raises RayHeadLost."""
         while True:
             await asyncio.sleep(HEAD_POLL_SECONDS)
             try:
@@ -126,11 +132,10 @@ class RayModel(Model):
         if self._deployed and ADDRESS in os.environ:
             serve.delete(self.name, _blocking=False)
 
-    async def _ask(self, request: Request) -> Outcome:
-        """One replica, and another where the first was lost. Raises ReplicaLost."""
+    async def _call_replica(self, request: Request, timings: RequestTimings) -> Outcome:
+        """Call a replica, and another one if the first is lost. Raises ReplicaLost."""
         for left in reversed(range(MAX_ATTEMPTS)):
-            age_seconds = time.perf_counter() - request.started_at
-            response = self._handle.infer.remote(request, age_seconds, REQUEST_ID.get())
+            response = self._handle.infer.remote(request, timings.age_seconds, timings.request_id)
             try:
                 outcome: Outcome = await response
             except asyncio.CancelledError:

@@ -1,59 +1,80 @@
-"""What runs in a replica of Ray Serve: one model, with its own threads and batches, answering requests as they are.
+"""A replica of Ray Serve: one model with worker threads and batches of its own, which answers decoded requests.
 
-What it measures goes back with its answers, since Prometheus asks the server and not its replicas.
+What a replica measures returns with its responses, since Prometheus scrapes the server and not its replicas.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from pinnace.errors import ServingError
+from pinnace.inference.call import InferenceCall
+from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.local_model import LocalModel, ModelContext
 from pinnace.inference.scheduler import Scheduler
-from pinnace.observability.logging import REQUEST_ID, configure_logging, to_client_error
+from pinnace.observability.logging import configure_logging, to_client_error
 from pinnace.observability.metrics import MetricCall, ReplicaMetrics
-from pinnace.observability.timings import Latency
+from pinnace.observability.timings import start_timings
 from pinnace.predictor import ModelMetadata, Predictor, Request, Response
 from pinnace.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """An answer, or the error for the client; seconds in each handler; and what the replica measured meanwhile."""
+    """The result of one request: its response or its error, its times, and the metric calls since the last result."""
 
-    answer: Response | ServingError
-    seconds: dict[str, float]
-    measured: list[MetricCall]
+    result: Response | ServingError
+    stages: dict[str, float]
+    """Seconds by stage."""
+    handlers: dict[str, float]
+    """Seconds by handler of the predictor."""
+    metric_calls: list[MetricCall]
+
+
+class DecodedRequest:
+    """A codec for a request that the server has decoded already, and whose response the server will encode."""
+
+    protocol: ClassVar[str] = "ray"
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def decode(self, _: EncodedRequest) -> Request:
+        """Return the request."""
+        return self._request
+
+    def encode(self, _: Response, __: Request) -> EncodedResponse:
+        """Return an empty body: the response itself goes to the server."""
+        return EncodedResponse(b"")
 
 
 class Replica:
-    """Loaded when it exists: Ray Serve counts it as running from then on."""
+    """The class that Ray Serve deploys. Its model is loaded when it exists: from then on Ray counts it as running."""
 
     def __init__(self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
         configure_logging(settings, os.environ)
         self._metrics = ReplicaMetrics()
-        shared = ModelContext(Scheduler(settings.max_asyncio_workers), self._metrics)
-        self._model = LocalModel(predictor_class, settings, model_dir, shared)
+        context = ModelContext(Scheduler(settings.max_asyncio_workers), self._metrics)
+        self._model = LocalModel(predictor_class, settings, model_dir, context)
         self._model.load()
 
     async def describe(self) -> ModelMetadata:
+        """Return the metadata of the loaded model."""
         return self._model.metadata
 
     async def infer(self, request: Request, age_seconds: float, request_id: str) -> Outcome:
-        """`age_seconds` is how long the request has been under way: clocks differ from node to node."""
-        REQUEST_ID.set(request_id)
-        latency = Latency(self._metrics)
-        request = replace(request, started_at=time.perf_counter() - age_seconds)
-        answer: Response | ServingError
+        """Answer one request. `age_seconds` is how long it has been in flight: clocks differ between nodes."""
+        timings = start_timings(request_id, age_seconds)
+        call = InferenceCall(DecodedRequest(request), EncodedRequest(request.model_name, b""), timings)
+        result: Response | ServingError | None
         try:
-            answer = await self._model.infer(lambda: request, _as_it_is, latency)
+            await self._model.infer(call)
+            result = call.response
         except Exception as error:
-            answer = to_client_error(error)
-        return Outcome(answer, latency.seconds, self._metrics.taken())
-
-
-def _as_it_is(response: Response) -> Response:
-    return response
+            result = to_client_error(error)
+        if result is None:
+            result = to_client_error(RuntimeError("the model has answered without a response"))
+        return Outcome(result, timings.stages, timings.handlers, self._metrics.drain())

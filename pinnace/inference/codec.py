@@ -1,0 +1,54 @@
+"""Codecs: the encoded forms of a request and its response, and what translates between them and tensors.
+
+V1, V2 and gRPC each have one stateless codec. A codec runs on a worker thread, since a body can take milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from pinnace.predictor import Request, Response
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """An inference request as it came over the network: the model it names, its body, and its headers.
+
+    `headers` are the HTTP headers or the gRPC metadata; their names are in lower case.
+    """
+
+    model_name: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedResponse:
+    """The response to one inference request: its body, and the HTTP headers that belong to it."""
+
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Codec(Protocol):
+    """Translates one protocol's requests and responses. It keeps nothing between two requests."""
+
+    protocol: ClassVar[str]
+    """The protocol's name in the metrics: v1, v2 or grpc."""
+
+    def decode(self, encoded: EncodedRequest) -> Request:
+        """Decode a request. How its response is to be encoded goes into `Request.response_format`.
+
+        Raises:
+            InvalidInput: The body is not a request of this protocol.
+            TooLarge: The body would take too long to decode.
+        """
+
+    def encode(self, response: Response, request: Request) -> EncodedResponse:
+        """Encode the response to `request`, which this codec decoded.
+
+        Raises:
+            InvalidInput: The response has a tensor that this protocol cannot carry in the form that was requested.
+        """
