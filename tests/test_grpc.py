@@ -225,11 +225,11 @@ def bad_requests(google: ModuleType) -> dict[str, Any]:
         "the request has no instances": google.ModelInferRequest(model_name="custom-model"),
         "input 'input-0', row 0: neither an image": image_request(google, b"hello"),
         "input 'input-0', row 1: a truncated, damaged or unsupported image": image_request(google, CAT, CAT[:5000]),
-        "input 'input-0': its shape asks for another number of values than the 2 sent": image_request(
+        "input 'input-0': its shape does not match the 2 values that were sent": image_request(
             google, CAT, CAT, shape=[]
         ),
         "input 'input-0': its shape has a negative": image_request(google, CAT, shape=[-1]),
-        "input 'input-0': its datatype is none of BOOL": unknown,
+        "input 'input-0': its datatype is not one of BOOL": unknown,
         "input 'input-0': FP16 travels in raw_input_contents only": fp16,
         "input 'input-0': its raw BYTES are truncated": cut,
         "the number of inputs (1) does not match the expected number of raw input contents (2) for model "

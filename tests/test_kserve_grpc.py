@@ -194,7 +194,7 @@ SEMANTICS = [
     infer(
         "datatype in lower case",
         lambda g: with_datatype(g, "bytes"),
-        ("INVALID_ARGUMENT", "input 'input-0': its datatype is none of BOOL"),
+        ("INVALID_ARGUMENT", "input 'input-0': its datatype is not one of BOOL"),
     ),
     infer(
         "typed FP16",

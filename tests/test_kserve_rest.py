@@ -234,7 +234,7 @@ ERRORS = [
         OLD_500,
     ),
     Row("wrong element type", INFER, "input 'input-0': ", 400, v2(datatype="FP32", data=["a"]), {}, OLD_500),
-    Row("unknown datatype", INFER, "input 'input-0': its datatype is none of", 400, v2(datatype="FP8"), {}, OLD_500),
+    Row("unknown datatype", INFER, "input 'input-0': its datatype is not one of", 400, v2(datatype="FP8"), {}, OLD_500),
     Row("FP16 in JSON", INFER, "Sending FP16 data via JSON is not supported.", 400, v2(datatype="FP16", data=[1.0])),
     Row(
         "unknown requested output",

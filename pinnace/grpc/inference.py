@@ -15,8 +15,10 @@ from betterproto2 import which_one_of
 from pinnace import NAME, __version__
 from pinnace.errors import InvalidInput
 from pinnace.grpc.service import Metadata, Service, parse, parse_text
+from pinnace.inference.admission import ByteBudget
 from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.dataplane import DataPlane, run_inference
+from pinnace.observability.timings import current_timings
 from pinnace.predictor import Request, RequestedOutput, Response
 from pinnace.proto.generated import inference as pb
 from pinnace.proto.wire import MAX_FIELDS
@@ -84,18 +86,9 @@ class InferenceService(Service):
         )
 
     async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
-        async def read() -> EncodedRequest:
-            # The name alone: decoding the rest may take milliseconds, and is done on a worker thread.
-            return EncodedRequest(parse_text(pb.ModelInferRequest, message, MODEL_NAME_FIELD), message, metadata)
-
-        response = await run_inference(self._dataplane, self._codec, read, self._reserve_bytes(len(message)))
+        incoming = GrpcInference(message, metadata, self._dataplane.byte_budget)
+        response = await run_inference(self._dataplane, self._codec, incoming, current_timings())
         return response.body
-
-    @asynccontextmanager
-    async def _reserve_bytes(self, size_bytes: int) -> AsyncIterator[None]:
-        """Count a message against max_queue_bytes while it is answered. Raises Overloaded."""
-        with self._dataplane.byte_budget.reserve(size_bytes):
-            yield
 
     async def _repository_index(self, message: bytes, _: Metadata) -> bytes:
         only_ready = parse(pb.RepositoryIndexRequest, message).ready
@@ -114,6 +107,30 @@ class InferenceService(Service):
         name = parse(pb.RepositoryModelUnloadRequest, message).model_name
         await self._dataplane.repository.unload(name)
         return bytes(pb.RepositoryModelUnloadResponse(model_name=name, is_unloaded=True))
+
+
+class GrpcInference:
+    """An inference request over gRPC, as `run_inference` receives it."""
+
+    def __init__(self, message: bytes, metadata: Metadata, byte_budget: ByteBudget) -> None:
+        self.headers = metadata
+        self._message = message
+        self._byte_budget = byte_budget
+
+    @property
+    def model_name(self) -> str:
+        """Return the name in the message, and decode nothing else: that may take milliseconds. Raises InvalidInput."""
+        return parse_text(pb.ModelInferRequest, self._message, MODEL_NAME_FIELD)
+
+    async def read(self) -> bytes:
+        """Return the message, which is here."""
+        return self._message
+
+    @asynccontextmanager
+    async def while_answering(self) -> AsyncIterator[None]:
+        """Count the message against max_queue_bytes. Raises Overloaded."""
+        with self._byte_budget.reserve(len(self._message)):
+            yield
 
 
 class GrpcCodec:

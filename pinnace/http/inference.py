@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
 from pinnace.http.request import cancel_on_disconnect, read_body
-from pinnace.inference.codec import Codec, EncodedRequest
+from pinnace.inference.codec import Codec
 from pinnace.inference.dataplane import DataPlane, run_inference
-from pinnace.observability.timings import current_timings
+from pinnace.observability.timings import RequestTimings, current_timings
 
 
 class HttpCodec(Codec, Protocol):
-    """A codec that knows from its headers whether it can decode a request."""
+    """A codec of bodies with HTTP headers, which tell whether it can decode a body."""
 
     def check_headers(self, headers: Mapping[str, str]) -> None:
-        """Raise UnsupportedMediaType if the body, which is not read yet, is not one that `decode` takes."""
+        """Raise UnsupportedMediaType if `decode` does not take a body with these headers."""
 
 
-async def infer(request: HttpRequest, dataplane: DataPlane, codec: HttpCodec) -> HttpResponse:
+class HttpInference:
+    """An inference request over HTTP, as `run_inference` receives it."""
+
+    def __init__(self, request: HttpRequest, codec: HttpCodec, timings: RequestTimings) -> None:
+        self.headers: Mapping[str, str] = dict(request.headers)
+        self._request = request
+        self._codec = codec
+        self._timings = timings
+
+    @property
+    def model_name(self) -> str:
+        """Return the name in the path."""
+        name: str = self._request.path_params["model"]
+        return name
+
+    async def read(self) -> bytes:
+        """Return the body, after a look at its type. Raises UnsupportedMediaType, and what `read_body` raises."""
+        self._codec.check_headers(self.headers)
+        started_at = time.perf_counter()
+        body = await read_body(self._request)
+        self._timings.stages["read"] = time.perf_counter() - started_at
+        return body
+
+    def while_answering(self) -> AbstractAsyncContextManager[None]:
+        """Return a context that ends with ClientDisconnected if the client disconnects."""
+        return cancel_on_disconnect(self._request)
+
+
+async def infer(dataplane: DataPlane, codec: HttpCodec, request: HttpRequest) -> HttpResponse:
     """Answer an inference request for the model that the path names. Raises ServingError."""
-    name, headers, timings = request.path_params["model"], dict(request.headers), current_timings()
-
-    async def read() -> EncodedRequest:
-        dataplane.check_capacity(name)  # a request that would be refused is refused before its body is read
-        codec.check_headers(headers)
-        with timings.measure_stage("read"):
-            body = await read_body(request)
-        return EncodedRequest(name, body, headers)
-
-    response = await run_inference(dataplane, codec, read, cancel_on_disconnect(request))
+    timings = current_timings()
+    response = await run_inference(dataplane, codec, HttpInference(request, codec, timings), timings)
     return HttpResponse(response.body, headers={**response.headers, "server-timing": timings.server_timing})

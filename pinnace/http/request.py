@@ -79,5 +79,5 @@ async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
             raise ClientDisconnected from None
         raise
     finally:
+        # The loop ends it in its next turn. To wait for that here would resume all coroutines of the request once more.
         watcher.cancel()
-        await asyncio.wait({watcher})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from starlette.requests import Request as HttpRequest
@@ -33,17 +34,13 @@ DEFAULT_SIGNATURE = "serving_default"
 
 def routes(dataplane: DataPlane) -> list[Route]:
     """Return the routes of V1 inference."""
-    codec = V1Codec(dataplane.settings)
-
-    async def predict(request: HttpRequest) -> HttpResponse:
-        return await infer(request, dataplane, codec)
 
     async def explain(request: HttpRequest) -> HttpResponse:
         dataplane.repository.get_ready(request.path_params["model"])
         raise NotSupported("Could not find explainer_host.")  # KServe's text for a model without an explainer
 
     return [
-        Route("/v1/models/{model}:predict", predict, methods=["POST"]),
+        Route("/v1/models/{model}:predict", partial(infer, dataplane, V1Codec(dataplane.settings)), methods=["POST"]),
         Route("/v1/models/{model}:explain", explain, methods=["POST"]),
     ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from starlette.requests import Request as HttpRequest
@@ -33,7 +34,6 @@ FP16_IN_JSON = "Sending FP16 data via JSON is not supported. Please use the bina
 
 def routes(dataplane: DataPlane) -> list[Route]:
     """Return the routes of V2 inference and metadata."""
-    codec = V2Codec()
 
     async def server_metadata(_: HttpRequest) -> HttpResponse:
         return json_response(
@@ -56,16 +56,13 @@ def routes(dataplane: DataPlane) -> list[Route]:
             content["warning"] = metadata.warning
         return json_response(content)
 
-    async def model_infer(request: HttpRequest) -> HttpResponse:
-        return await infer(request, dataplane, codec)
-
     async def version(_: HttpRequest) -> HttpResponse:
         raise NotSupported("Model versioning not supported yet.")
 
     return [
         Route("/v2", server_metadata),
         Route("/v2/models/{model}", model_metadata),
-        Route("/v2/models/{model}/infer", model_infer, methods=["POST"]),
+        Route("/v2/models/{model}/infer", partial(infer, dataplane, V2Codec()), methods=["POST"]),
         Route("/v2/models/{model}/versions/{version}", version),
         Route("/v2/models/{model}/versions/{version}/ready", version),
         Route("/v2/models/{model}/versions/{version}/infer", version, methods=["POST"]),

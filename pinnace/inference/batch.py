@@ -21,16 +21,12 @@ from pinnace.predictor import Arrays, Predictor, Request
 
 @dataclass(frozen=True, slots=True)
 class PreprocessedRequest:
-    """A decoded request, the arrays that `preprocess` made of it, and the predictor that answers it."""
+    """A decoded request, the arrays that `preprocess` returned for it, and the predictor that answers it."""
 
     predictor: Predictor
     request: Request
     arrays: Arrays
-
-    @property
-    def num_rows(self) -> int:
-        """Return the number of rows."""
-        return num_rows(self.arrays)
+    num_rows: int
 
     def can_batch_with(self, other: PreprocessedRequest) -> bool:
         """Return whether both have arrays of the same names, dtypes and row shapes, for the same predictor."""
@@ -54,11 +50,6 @@ class PendingRequest:
     preprocessed: PreprocessedRequest = field(init=False)
     """What `preprocess` returned; unset before."""
     is_decoded: bool = False
-
-
-def num_rows(arrays: Arrays) -> int:
-    """Return the size of the arrays' first axis, which all of them share."""
-    return len(next(iter(arrays.values())))
 
 
 def run_batch(
@@ -94,9 +85,10 @@ def _predict(requests: Sequence[PendingRequest], model_name: str, max_rows: int,
     try:
         chunks = []
         for start in range(0, ends[-1], max_rows):
-            chunk = {name: array[start : start + max_rows] for name, array in arrays.items()}
-            metrics.observe_batch_rows(model_name, num_rows(chunk))
-            chunks.append(_predict_chunk(predictor, chunk))
+            end = min(start + max_rows, ends[-1])
+            metrics.observe_batch_rows(model_name, end - start)
+            chunk = {name: array[start:end] for name, array in arrays.items()}
+            chunks.append(_predict_chunk(predictor, chunk, end - start))
     finally:
         run_seconds = time.perf_counter() - started_at
         for request in requests:
@@ -108,10 +100,9 @@ def _predict(requests: Sequence[PendingRequest], model_name: str, max_rows: int,
     ]
 
 
-def _predict_chunk(predictor: Predictor, chunk: Arrays) -> Arrays:
-    size = num_rows(chunk)
+def _predict_chunk(predictor: Predictor, chunk: Arrays, num_rows: int) -> Arrays:
     predictions = predictor.predict(chunk)
     for name, array in predictions.items():
-        if len(array) != size:
-            raise ValueError(f"predict received {size} rows and returned {len(array)} of {name}")
+        if len(array) != num_rows:
+            raise ValueError(f"predict received {num_rows} rows and returned {len(array)} of {name}")
     return predictions

@@ -53,6 +53,8 @@ class Batcher:
         self._num_in_pipeline = 0  # being decoded, queued, or in the run
         self._is_running = False
         self._run_ended_at = self._run_seconds = 0.0
+        self.ready_at = math.inf
+        self.uses_all_cores = False
         scheduler.add_source(self)
 
     async def submit(
@@ -81,22 +83,6 @@ class Batcher:
                 self._metrics.queued_or_running.dec()
         return result
 
-    def ready_at(self, now: float) -> float:
-        """Return when the next batch may run (see `scheduler.Source`)."""
-        if self._is_running or not self._queue:
-            return math.inf
-        oldest = self._queue[0]
-        ready_at = oldest.enqueued_at + self._delay_seconds
-        if oldest.preprocessed.predictor.uses_all_cores:
-            if self._scheduler.has_exclusive_run:
-                return math.inf
-            if self._num_decoding:
-                waits_since = max(oldest.enqueued_at, self._run_ended_at)
-                ready_at = max(ready_at, waits_since + DECODE_WAIT_RUNS * self._run_seconds)
-        if ready_at > now and sum(pending.preprocessed.num_rows for pending in self._queue) >= self._max_rows:
-            return oldest.enqueued_at
-        return ready_at
-
     def next_job(self) -> Job:
         """Return the run of the oldest request that is not cancelled, with those queued that fit into its batch."""
         batch: list[PendingRequest] = []
@@ -118,11 +104,13 @@ class Batcher:
         if batch:
             self._is_running = True
             self._scheduler.has_exclusive_run |= batch[0].preprocessed.predictor.uses_all_cores
+        self._update_ready_at()
         return partial(self._run, batch, num_cancelled, is_full=bool(others) or free_rows <= 0)
 
     def _enqueue(self, pending: PendingRequest) -> None:
         self._backlog.append(pending)
         self._start_decoding()
+        self._update_ready_at()
 
     def _start_decoding(self) -> None:
         """Move requests from the backlog to the decode queue until PIPELINE_DEPTH batches are in the pipeline."""
@@ -136,12 +124,28 @@ class Batcher:
         self._num_in_pipeline -= num_requests
         self._start_decoding()
 
+    def _update_ready_at(self) -> None:
+        """Set when the next batch may run, and whether it uses all cores: after each change of what they depend on."""
+        if self._is_running or not self._queue:
+            self.ready_at = math.inf
+            return
+        oldest = self._queue[0]
+        self.uses_all_cores = oldest.preprocessed.predictor.uses_all_cores
+        self.ready_at = oldest.enqueued_at + self._delay_seconds
+        if self.uses_all_cores and self._num_decoding:
+            waits_since = max(oldest.enqueued_at, self._run_ended_at)
+            self.ready_at = max(self.ready_at, waits_since + DECODE_WAIT_RUNS * self._run_seconds)
+        if sum(pending.preprocessed.num_rows for pending in self._queue) >= self._max_rows:
+            self.ready_at = oldest.enqueued_at
+
     def _decode(self, pending: PendingRequest) -> None:
         preprocessed: PreprocessedRequest | None = None
         error: ServingError | None = None
         if not pending.result.cancelled():
-            pending.timings.stages["decode_queue"] = time.perf_counter() - pending.enqueued_at
+            started_at = time.perf_counter()
             preprocessed, error = pending.context.run(capture, pending.preprocess)
+            pending.timings.stages["decode_queue"] = started_at - pending.enqueued_at
+            pending.timings.stages["decode"] = time.perf_counter() - started_at
         with self._scheduler.lock:
             self._num_decoding -= 1
             if preprocessed and not pending.result.cancelled():
@@ -151,6 +155,7 @@ class Batcher:
                 self._queue.append(pending)
             else:
                 self._finish(1)
+            self._update_ready_at()
         if error:
             resolve(pending.result, None, error)
 
@@ -170,6 +175,7 @@ class Batcher:
             self._run_ended_at = time.perf_counter()
             self._run_seconds = self._run_ended_at - started_at
             self._finish(len(batch))
+            self._update_ready_at()
             for pending, result in zip(batch, results, strict=True):
                 self._scheduler.encode_queue.append(partial(_encode, pending, result))
 
@@ -186,5 +192,7 @@ def _encode(pending: PendingRequest, predictions: Arrays | ServingError) -> None
     if isinstance(predictions, ServingError):
         resolve(pending.result, None, predictions)
     else:
-        postprocess = partial(pending.postprocess, pending.preprocessed, predictions)
-        resolve(pending.result, *pending.context.run(capture, postprocess))
+        started_at = time.perf_counter()
+        value, error = pending.context.run(capture, partial(pending.postprocess, pending.preprocessed, predictions))
+        pending.timings.stages["encode"] = time.perf_counter() - started_at
+        resolve(pending.result, value, error)

@@ -6,22 +6,38 @@ V1, V2 and gRPC each have one stateless codec. A codec runs on a worker thread, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from pinnace.predictor import Request, Response
 
 
+class IncomingRequest(Protocol):
+    """An inference request that a transport has begun to receive."""
+
+    headers: Mapping[str, str]
+    """The HTTP headers or the gRPC metadata; names are in lower case."""
+
+    @property
+    def model_name(self) -> str:
+        """Return the name of the model that the request is for. Raises InvalidInput if it names none."""
+
+    async def read(self) -> bytes:
+        """Return the body. Raises ServingError if its type is unsupported, or a limit is exceeded."""
+
+    def while_answering(self) -> AbstractAsyncContextManager[None]:
+        """Return what to hold while the request is answered, once its body is read. Entering may raise ServingError."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedRequest:
-    """An inference request as it came over the network: the model it names, its body, and its headers.
-
-    `headers` are the HTTP headers or the gRPC metadata; their names are in lower case.
-    """
+    """An inference request as it came over the network: the model it names, its body, and its headers."""
 
     model_name: str
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+    """The HTTP headers or the gRPC metadata; names are in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +63,7 @@ class Codec(Protocol):
         """
 
     def encode(self, response: Response, request: Request) -> EncodedResponse:
-        """Encode the response to `request`, which this codec decoded.
+        """Encode the response to `request`, which this codec has decoded.
 
         Raises:
             InvalidInput: The response has a tensor that this protocol cannot carry in the form that was requested.

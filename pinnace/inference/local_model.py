@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Set
+from collections.abc import Coroutine, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,11 +82,9 @@ class LocalModel(Model):
             self._predictor = None
             self._metadata = ModelMetadata.of(self._class)
 
-    async def infer(self, call: InferenceCall) -> EncodedResponse:
+    def infer(self, call: InferenceCall) -> Coroutine[Any, Any, EncodedResponse]:
         """Answer one request on worker threads, in a batch with others. Raises ServingError."""
-        return await self._batcher.submit(
-            partial(self._preprocess, call), partial(self._postprocess, call), call.timings
-        )
+        return self._batcher.submit(partial(self._preprocess, call), partial(self._postprocess, call), call.timings)
 
     def close(self) -> None:
         """Do nothing: the worker threads are not the model's own."""
@@ -110,35 +109,32 @@ class LocalModel(Model):
 
     def _preprocess(self, call: InferenceCall) -> PreprocessedRequest:
         """Decode the request and convert it to arrays, on a worker thread."""
-        with call.timings.measure_stage("decode"):
-            predictor = self._predictor
-            if predictor is None:  # unloaded while the request waited
-                raise ModelNotReady(self.name)
-            request = call.decode(predictor.inputs, self._settings.max_instances)
-            if predictor.outputs:
-                _check_outputs(request, {spec.name for spec in predictor.outputs})
-            with call.timings.measure_handler("preprocess"):
-                arrays = {name: np.asarray(array) for name, array in predictor.preprocess(request).items()}
-            sizes = {len(array) for array in arrays.values()}
-            if len(sizes) != 1 or 0 in sizes:
-                raise ValueError(
-                    "preprocess must return arrays that have the same number of rows, at least 1; "
-                    f"it returned {sorted(sizes) or 'none'}"
-                )
-            return PreprocessedRequest(predictor, request, arrays)
+        predictor = self._predictor
+        if predictor is None:  # unloaded while the request waited
+            raise ModelNotReady(self.name)
+        request = call.decode(predictor.inputs, self._settings.max_instances)
+        if predictor.outputs:
+            _check_outputs(request, {spec.name for spec in predictor.outputs})
+        returned = call.timings.time_handler("preprocess", predictor.preprocess, request)
+        arrays = {name: np.asarray(array) for name, array in returned.items()}
+        sizes = {len(array) for array in arrays.values()}
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(
+                "preprocess must return arrays that have the same number of rows, at least 1; "
+                f"it returned {sorted(sizes) or 'none'}"
+            )
+        return PreprocessedRequest(predictor, request, arrays, sizes.pop())
 
     def _postprocess(
         self, call: InferenceCall, preprocessed: PreprocessedRequest, predictions: Arrays
     ) -> EncodedResponse:
         """Convert the predictions to the encoded response, on a worker thread."""
-        with call.timings.measure_stage("encode"):
-            request = preprocessed.request
-            with call.timings.measure_handler("postprocess"):
-                response = preprocessed.predictor.postprocess(predictions, request)
-            outputs = {tensor.name: tensor for tensor in response.outputs}
-            _check_outputs(request, outputs.keys())
-            chosen = [outputs[output.name] for output in request.outputs] or list(outputs.values())
-            return call.encode(replace(response, outputs=chosen, model_name=self.name, id=request.id), request)
+        predictor, request = preprocessed.predictor, preprocessed.request
+        response = call.timings.time_handler("postprocess", predictor.postprocess, predictions, request)
+        outputs = {tensor.name: tensor for tensor in response.outputs}
+        _check_outputs(request, outputs.keys())
+        chosen = [outputs[output.name] for output in request.outputs] or list(outputs.values())
+        return call.encode(replace(response, outputs=chosen, model_name=self.name, id=request.id), request)
 
 
 def _check_outputs(request: Request, offered: Set[str]) -> None:

@@ -30,20 +30,22 @@ Job = Callable[[], None]
 
 
 class Source(Protocol):
-    """A source of jobs. The scheduler calls both methods with its lock held."""
+    """A model's runs. Its attributes change, and its method is called, only while the scheduler's lock is held."""
 
-    def ready_at(self, now: float) -> float:
-        """Return when the next job may start, on the clock of time.perf_counter: the past means now, infinity never."""
+    ready_at: float
+    """When the next run may start, on the clock of time.perf_counter: the past means now, infinity means never."""
+    uses_all_cores: bool
+    """Whether the next run uses all cores."""
 
     def next_job(self) -> Job:
-        """Return the next job, which is ready. Raises nothing."""
+        """Return the next run, which is ready. Raises nothing."""
 
 
 class JobQueue:
     """Jobs that run in order of arrival, at most `max_concurrency` at a time."""
 
     def __init__(self, scheduler: Scheduler, max_concurrency: int, concurrent_with_runs: bool) -> None:
-        """Unless `concurrent_with_runs`, no job starts while a run of a model uses all cores."""
+        """Create an empty queue. Unless `concurrent_with_runs`, no job starts while a run uses all cores."""
         self._scheduler = scheduler
         self._max_concurrency = max_concurrency
         self._concurrent_with_runs = concurrent_with_runs
@@ -54,11 +56,12 @@ class JobQueue:
         """Add a job. Call with the scheduler's lock held."""
         self._jobs.append(job)
 
-    def ready_at(self, _: float) -> float:
-        """Return 0 if a job may start, else infinity."""
+    @property
+    def is_ready(self) -> bool:
+        """Return whether a job may start now."""
         has_capacity = self._num_running < self._max_concurrency
         is_allowed = self._concurrent_with_runs or not self._scheduler.has_exclusive_run
-        return 0.0 if self._jobs and has_capacity and is_allowed else math.inf
+        return bool(self._jobs) and has_capacity and is_allowed
 
     def next_job(self) -> Job:
         """Return the oldest job, counted as running until it ends."""
@@ -170,16 +173,20 @@ class Scheduler:
                 if idle in self._idle:
                     self._idle.remove(idle)
 
-    def _next_source(self, now: float) -> tuple[float, Source | None]:
-        """Return the source whose job comes next, and when: by kind if any job is ready now, else the earliest."""
+    def _next_source(self, now: float) -> tuple[float, Source | JobQueue | None]:
+        """Return when the next job may start, and its source.
+
+        A response to encode comes first, then a run that is ready, then a request to decode. If none of them is ready,
+        the source is that of the earliest run.
+        """
+        if self.encode_queue.is_ready:
+            return 0.0, self.encode_queue
         earliest: tuple[float, Source | None] = (math.inf, None)
-        for kind in ([self.encode_queue], self._models, [self.decode_queue]):
-            for source in kind:
-                ready_at = source.ready_at(now)
-                if ready_at < earliest[0]:
-                    earliest = (ready_at, source)
-            if earliest[0] <= now:
-                break
+        for model in self._models:
+            if model.ready_at < earliest[0] and not (model.uses_all_cores and self.has_exclusive_run):
+                earliest = (model.ready_at, model)
+        if earliest[0] > now and self.decode_queue.is_ready:
+            return 0.0, self.decode_queue
         return earliest
 
 

@@ -74,21 +74,17 @@ class Metrics:
         )
         self._ready = gauge("pinnace_model_ready", "1 while the model is loaded", model, multiprocess_mode="livemin")
 
-    def observe_request(self, protocol: str, outcome: str, timings: RequestTimings) -> None:
-        """Count one inference request that has ended, and observe its stages and handlers."""
+    def observe_request(
+        self, protocol: str, outcome: str, timings: RequestTimings, received_bytes: int, sent_bytes: int
+    ) -> None:
+        """Count one inference request that has ended, with its bytes, and observe its stages and handlers."""
         self._requests.labels(protocol, outcome).inc()
+        self._received.labels(protocol).inc(received_bytes)
+        self._sent.labels(protocol).inc(sent_bytes)
         for stage, seconds in list(timings.stages.items()):  # a copy: a cancelled request's worker may still add to it
             self._stages.labels(stage).observe(seconds)
         for handler, seconds in list(timings.handlers.items()):
             self._handlers[handler].labels(timings.model_name).observe(seconds)
-
-    def count_received_bytes(self, protocol: str, size_bytes: int) -> None:
-        """Count the bytes of one inference request's body."""
-        self._received.labels(protocol).inc(size_bytes)
-
-    def count_sent_bytes(self, protocol: str, size_bytes: int) -> None:
-        """Count the bytes of one inference response's body."""
-        self._sent.labels(protocol).inc(size_bytes)
 
     def count_batch(self, model_name: str, reason: str) -> None:
         """Count one batch, by the reason why it was closed."""

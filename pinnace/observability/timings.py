@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
 
 LATENCY_LOGGER = "kserve.trace"
 HANDLERS = ("preprocess", "explain", "predict", "postprocess")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 latency_logger = logging.getLogger(LATENCY_LOGGER)
 
@@ -39,21 +42,11 @@ class RequestTimings:
         """Return the seconds since the request began."""
         return time.perf_counter() - self.started_at
 
-    @contextmanager
-    def measure_stage(self, stage: str) -> Iterator[None]:
-        """Time the body of a `with` statement as one stage, also if it raises."""
+    def time_handler(self, handler: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a handler of the predictor and record how long it takes, also if it raises."""
         started_at = time.perf_counter()
         try:
-            yield
-        finally:
-            self.stages[stage] = time.perf_counter() - started_at
-
-    @contextmanager
-    def measure_handler(self, handler: str) -> Iterator[None]:
-        """Time the body of a `with` statement as one call of a handler, also if it raises."""
-        started_at = time.perf_counter()
-        try:
-            yield
+            return function(*args, **kwargs)
         finally:
             self.handlers[handler] = time.perf_counter() - started_at
 

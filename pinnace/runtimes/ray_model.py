@@ -16,7 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pinnace.errors import ConfigurationError, RayHeadLost, RayUnavailable, ReplicaLost, ServingError, one_line
+from pinnace.errors import (
+    ConfigurationError,
+    ModelNotReady,
+    RayHeadLost,
+    RayUnavailable,
+    ReplicaLost,
+    ServingError,
+    one_line,
+)
 from pinnace.inference.call import InferenceCall
 from pinnace.inference.codec import EncodedResponse
 from pinnace.inference.local_model import ModelContext
@@ -107,6 +115,8 @@ class RayModel(Model):
         return await self._scheduler.submit_encode(partial(call.encode, outcome.result, request))
 
     def _decode(self, call: InferenceCall) -> Request:
+        if not self._ready:  # unloaded or lost while the body was read
+            raise ModelNotReady(self.name)
         return call.decode(self._metadata.inputs, self._max_instances)
 
     async def wait_until_ready_changes(self) -> None:
