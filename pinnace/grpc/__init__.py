@@ -1,0 +1,1 @@
+"""The gRPC port and its services: inference, health and reflection."""

@@ -1,4 +1,7 @@
-"""The standard reflection service, v1 and v1alpha: grpcurl and its like then need no .proto files."""
+"""The standard gRPC reflection service, v1 and v1alpha: with it tools such as grpcurl need no .proto files.
+
+https://github.com/grpc/grpc/blob/master/doc/server-reflection.md
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ UNIMPLEMENTED = 12
 
 
 class ReflectionService(Service):
-    """Tells of the services in proto/, as they were when it was generated."""
+    """Describes the services in proto/, as they were when pinnace/proto/generated was made."""
 
     names = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
@@ -31,12 +34,12 @@ class ReflectionService(Service):
     async def _info(self, messages: AsyncIterator[bytes], _: Metadata) -> AsyncIterator[bytes]:
         async for message in messages:
             request = parse(ServerReflectionRequest, message)
-            response = _answer(request)
+            response = _describe(request)
             response.valid_host, response.original_request = request.host, request
             yield bytes(response)
 
 
-def _answer(request: ServerReflectionRequest) -> ServerReflectionResponse:
+def _describe(request: ServerReflectionRequest) -> ServerReflectionResponse:
     if request.list_services is not None:
         services = [ServiceResponse(name=name) for name in SERVICES]
         return ServerReflectionResponse(list_services_response=ListServiceResponse(service=services))

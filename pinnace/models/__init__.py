@@ -1,0 +1,1 @@
+"""Models: where they are found, how they are downloaded, and the predictor for image classifiers."""

@@ -1,0 +1,1 @@
+"""Observability: logs, metrics, timings and the access log."""

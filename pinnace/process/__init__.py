@@ -1,0 +1,1 @@
+"""The process: the command line, the life of the server, its workers, and what is checked before a start."""

@@ -1,0 +1,1 @@
+"""Runtimes: what runs a model, ONNX Runtime in this process or replicas of Ray Serve."""
