@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import grpc
 import pytest
 
 from model_export.source import Source, load_source
-from tests.servers import PROJECT, Server, running
+from tests.support.servers import PROJECT, Server, run_server
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,7 @@ def original() -> Source:
 
 @pytest.fixture(scope="session")
 def server(model_dir: Path) -> Iterator[Server]:
-    with running(f"--model_dir={model_dir}") as server:
+    with run_server(f"--model_dir={model_dir}") as server:
         yield server
 
 
@@ -74,14 +73,3 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         return importlib.import_module("grpc_predict_v2_pb2")
     finally:
         sys.path.remove(str(folder))
-
-
-def grpc_call(channel: grpc.Channel, google: ModuleType, method: str, request: Any) -> Any:
-    """One call of the inference service, with google's messages."""
-    answer = getattr(google, f"{method}Response")
-    call: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
-        f"/inference.GRPCInferenceService/{method}",
-        request_serializer=lambda message: message.SerializeToString(),
-        response_deserializer=answer.FromString,
-    )
-    return call(request, timeout=60)

@@ -23,18 +23,19 @@ from pinnace.inference.batch import Prepared
 from pinnace.inference.batching import PIPELINE_DEPTH, Batcher
 from pinnace.inference.scheduler import Scheduler
 from pinnace.observability.metrics import Metrics
-from tests.servers import Server, running
-from tests.test_grpc import image_request
-from tests.test_metrics import ended, value, wait_for
+from tests.support.clients import make_image_request
+from tests.support.metrics import metric_value, requests_by_outcome, wait_for_metric
+from tests.support.servers import Server, run_server
+from tests.support.waiting import wait_for
 
-SIZES = "--predictor=tests.predictors:BatchSize"
-EVERY_CORE = "--predictor=tests.predictors:EveryCore"
+SIZES = "--predictor=tests.support.predictors:BatchSize"
+EVERY_CORE = "--predictor=tests.support.predictors:AllCores"
 MODEL = "custom-model"
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with running(SIZES, "--max_batch_size=4") as server:
+    with run_server(SIZES, "--max_batch_size=4") as server:
         yield server
 
 
@@ -57,7 +58,7 @@ def busy(server: Server, gate: Callable[[str], Path]) -> Iterator[Callable[..., 
                 nonlocal waiting
                 answer = clients.submit(sizes, server, *instances)
                 waiting += 1
-                wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == waiting, server)
+                wait_for_metric(server, "pinnace_requests_queued_or_running", waiting)
                 return answer
 
             yield submit
@@ -66,7 +67,7 @@ def busy(server: Server, gate: Callable[[str], Path]) -> Iterator[Callable[..., 
 
 def test_a_lone_request_runs_at_once_and_alone(server: Server) -> None:
     assert sizes(server, "a") == [1]
-    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="idle") == 1
+    assert metric_value(server, "pinnace_batches_total", model_name=MODEL, reason="idle") == 1
 
 
 def test_what_arrives_during_a_run_goes_together_in_the_next(server: Server, gate: Callable[[str], Path]) -> None:
@@ -74,8 +75,8 @@ def test_what_arrives_during_a_run_goes_together_in_the_next(server: Server, gat
         answers = [submit(name) for name in "abc"]
 
     assert [answer.result() for answer in answers] == [[3]] * 3
-    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="queued") == 1
-    assert value(server, "pinnace_batch_rows_sum", model_name=MODEL) == 4
+    assert metric_value(server, "pinnace_batches_total", model_name=MODEL, reason="queued") == 1
+    assert metric_value(server, "pinnace_batch_rows_sum", model_name=MODEL) == 4
 
 
 def test_no_run_has_more_rows_than_allowed(server: Server, gate: Callable[[str], Path]) -> None:
@@ -83,7 +84,7 @@ def test_no_run_has_more_rows_than_allowed(server: Server, gate: Callable[[str],
         answers = [submit(name) for name in "abcdef"]
 
     assert [answer.result() for answer in answers] == [[4]] * 4 + [[2]] * 2
-    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="full") == 1
+    assert metric_value(server, "pinnace_batches_total", model_name=MODEL, reason="full") == 1
 
 
 def test_rows_are_counted_and_not_requests(server: Server, gate: Callable[[str], Path]) -> None:
@@ -111,7 +112,7 @@ def test_a_row_that_fails_fails_nobody_else(server: Server, gate: Callable[[str]
         answers = [submit(name) for name in ("a", "fail", "c")]
 
     assert [answer.result() for answer in answers] == [[1], 500, [1]]
-    assert value(server, "pinnace_batches_total", model_name=MODEL, reason="alone") == 3
+    assert metric_value(server, "pinnace_batches_total", model_name=MODEL, reason="alone") == 3
 
 
 def test_a_request_whose_client_left_while_it_waited_is_not_run(
@@ -121,41 +122,44 @@ def test_a_request_whose_client_left_while_it_waited_is_not_run(
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer"
         )
-        leaving = call.future(image_request(google, b"x").SerializeToString(), timeout=60)
-        wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 2, server)
+        leaving = call.future(make_image_request(google, b"x").SerializeToString(), timeout=60)
+        wait_for_metric(server, "pinnace_requests_queued_or_running", 2)
         leaving.cancel()
-        wait_for(lambda: ended(server).get(("grpc", "cancelled")) == 1, server)
+        wait_for(lambda: requests_by_outcome(server).get(("grpc", "cancelled")) == 1, "a cancelled call")
         stays = submit("a")  # the one that left is not counted at the model any more
 
     assert stays.result() == [1]
-    assert value(server, "pinnace_dropped_requests_total", model_name=MODEL) == 1
-    assert value(server, "pinnace_batch_rows_sum", model_name=MODEL) == 2
+    assert metric_value(server, "pinnace_dropped_requests_total", model_name=MODEL) == 1
+    assert metric_value(server, "pinnace_batch_rows_sum", model_name=MODEL) == 2
 
 
 def test_a_batch_waits_to_be_filled_where_that_is_wished(gate: Callable[[str], Path]) -> None:
-    with running(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=60000") as server, ThreadPoolExecutor() as clients:
+    with (
+        run_server(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=60000") as server,
+        ThreadPoolExecutor() as clients,
+    ):
         assert list(clients.map(lambda name: sizes(server, name), "abc")) == [[3]] * 3
 
-    with running(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=10") as server:
+    with run_server(SIZES, "--max_batch_size=3", "--max_batch_delay_ms=10") as server:
         assert sizes(server, "a") == [1]
-        assert value(server, "pinnace_batches_total", model_name=MODEL, reason="delay") == 1
+        assert metric_value(server, "pinnace_batches_total", model_name=MODEL, reason="delay") == 1
 
 
 def test_nothing_is_decoded_during_a_run_that_takes_every_core(gate: Callable[[str], Path]) -> None:
     held = gate("held")
-    with running(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
+    with run_server(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
         first = clients.submit(sizes, server, str(held))
         with held.open("wb"):
             later = [clients.submit(sizes, server, name) for name in "abc"]
-            wait_for(lambda: value(server, "pinnace_requests_in_flight") == 4, server)
+            wait_for_metric(server, "pinnace_requests_in_flight", 4)
             for _ in range(20):
-                assert value(server, "pinnace_stage_seconds_count", stage="decode") == 1
+                assert metric_value(server, "pinnace_stage_seconds_count", stage="decode") == 1
         assert [answer.result() for answer in (first, *later)] == [[1], [3], [3], [3]]
 
 
 def test_a_run_that_takes_every_core_waits_for_those_being_decoded(gate: Callable[[str], Path]) -> None:
     held, decoding = gate("held"), gate("decoding")
-    with running(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
+    with run_server(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
         first = clients.submit(sizes, server, str(held))
         with held.open("wb"):
             for _ in range(100):  # a run of some length: what one may wait for those being decoded goes by it
@@ -164,13 +168,13 @@ def test_a_run_that_takes_every_core_waits_for_those_being_decoded(gate: Callabl
         slow = clients.submit(sizes, server, f"@{decoding}")
         with decoding.open("wb"):
             quick = clients.submit(sizes, server, "a")
-            wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 1, server)
+            wait_for_metric(server, "pinnace_requests_queued_or_running", 1)
         assert (slow.result(), quick.result()) == ([2], [2])
 
 
 def test_a_run_that_takes_every_core_does_not_wait_long_for_those_being_decoded(gate: Callable[[str], Path]) -> None:
     decoding = gate("decoding")
-    with running(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
+    with run_server(EVERY_CORE) as server, ThreadPoolExecutor() as clients:
         assert sizes(server, "a") == [1]  # in no time, so nothing is worth waiting for
         slow = clients.submit(sizes, server, f"@{decoding}")
         with decoding.open("wb"):
@@ -179,7 +183,7 @@ def test_a_run_that_takes_every_core_does_not_wait_long_for_those_being_decoded(
 
 
 def test_rows_that_are_lists_run_together_as_arrays_do(gate: Callable[[str], Path]) -> None:
-    with running("--predictor=tests.predictors:Lists") as server, busy(server, gate) as submit:
+    with run_server("--predictor=tests.support.predictors:ListRows") as server, busy(server, gate) as submit:
         answers = [submit(number) for number in range(3)]
 
     assert [answer.result() for answer in answers] == [[3]] * 3
@@ -188,12 +192,12 @@ def test_rows_that_are_lists_run_together_as_arrays_do(gate: Callable[[str], Pat
 @pytest.mark.parametrize(
     ("predictor", "problem"),
     [
-        ("TooFew", "predict was given 2 rows and gave 1 of rows"),
-        ("NoRows", "preprocess must give arrays with as many rows in each, one at least, and gave {0}"),
+        ("LosesRow", "predict was given 2 rows and gave 1 of rows"),
+        ("LosesAllRows", "preprocess must give arrays with as many rows in each, one at least, and gave {0}"),
     ],
 )
 def test_a_predictor_that_loses_rows_is_found_out(predictor: str, problem: str) -> None:
-    with running(f"--predictor=tests.predictors:{predictor}") as server:
+    with run_server(f"--predictor=tests.support.predictors:{predictor}") as server:
         assert sizes(server, 1, 2) == 500
         server.stop()
 
@@ -201,7 +205,7 @@ def test_a_predictor_that_loses_rows_is_found_out(predictor: str, problem: str) 
 
 
 def test_a_predictor_that_wants_to_end_the_process_fails_its_request_alone() -> None:
-    with running("--predictor=tests.predictors:Ending", "--max_asyncio_workers=2") as server:
+    with run_server("--predictor=tests.support.predictors:Exiting", "--max_asyncio_workers=2") as server:
         assert [sizes(server, where) for where in ("preprocess", "predict", "postprocess") * 3] == [500] * 9
         assert sizes(server, "nowhere") == ["nowhere"]
 

@@ -13,7 +13,7 @@ from bench.payloads import Payload, payloads
 from bench.report import Point, medians, plot, table
 from bench.soak import Sample
 from bench.subject import serving
-from tests.servers import PROJECT, Server
+from tests.support.servers import PROJECT, Server
 
 REQUEST = PROJECT / "examples/input.json"
 

@@ -29,19 +29,21 @@ import numpy as np
 import pytest
 
 from bench.subject import memory_mib
-from tests.callers import INFER, PATH, Caller, Grpc, Http2, KeepAlive
-from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES
 from tests.marks import chaos
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, running, wait_for
-from tests.test_metrics import ended, value
+from tests.support.callers import Caller, Grpc, Http2, KeepAlive
+from tests.support.clients import INFER, PREDICT, make_v1_request
+from tests.support.hostile import COMPRESSED_BOMB, HOSTILE_MESSAGES, HOSTILE_REQUESTS
+from tests.support.metrics import requests_by_outcome, wait_for_metric
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_server
+from tests.support.waiting import wait_for
 
 REQUESTS = int(os.environ.get("TEST_CHAOS") or 10_000)
 WARM_REQUESTS = REQUESTS // 4
 ATTACKERS = 24
 MOST_GROWTH = 1.1
 LARGE_BYTES, LARGE_SHARE = 500_000, 0.1  # of bodies that size most are left out: their attacker is what takes the time
-BODY = v1_request(CAT).encode()
+BODY = make_v1_request(CAT).encode()
 HEAD = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 TLS_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -106,18 +108,18 @@ class Attackers:
         return self._random.choice(of)
 
     async def _bad_request(self) -> None:
-        hostile = self._any(list(HOSTILE.values()))
+        hostile = self._any(list(HOSTILE_REQUESTS.values()))
         if len(hostile.body) > LARGE_BYTES and self._random.random() > LARGE_SHARE:
-            hostile = HOSTILE["a key twice"]
+            hostile = HOSTILE_REQUESTS["a key twice"]
         response = await self._http.post(hostile.path, content=hostile.body, headers=hostile.headers)
         self.seen[str(response.status_code)] += 1
         assert response.status_code == hostile.status, response.text
 
     async def _bad_message(self) -> None:
-        name = self._any([name for name, message in MESSAGES.items() if len(message) < LARGE_BYTES])
+        name = self._any([name for name, message in HOSTILE_MESSAGES.items() if len(message) < LARGE_BYTES])
         call: Any = self._any(self._channels).unary_unary(INFER)
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await call(MESSAGES[name], timeout=60)
+            await call(HOSTILE_MESSAGES[name], timeout=60)
         self.seen[error.value.code().name] += 1
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT, error.value
 
@@ -129,15 +131,17 @@ class Attackers:
         await ended
 
     async def _leaves_early(self) -> None:
-        await self._send(self._server.http_port, HEAD % (PATH.encode(), len(BODY)) + BODY, self._random.random() / 20)
+        await self._send(
+            self._server.http_port, HEAD % (PREDICT.encode(), len(BODY)) + BODY, self._random.random() / 20
+        )
 
     async def _half_a_request(self) -> None:
-        whole = HEAD % (PATH.encode(), len(BODY)) + BODY
+        whole = HEAD % (PREDICT.encode(), len(BODY)) + BODY
         await self._send(self._server.http_port, whole[: self._random.randrange(len(whole))])
 
     async def _slow_body(self) -> None:
         """Until it is told that it has taken too long."""
-        _, writer = await self._send(self._server.http_port, HEAD % (PATH.encode(), 1000), close=False)
+        _, writer = await self._send(self._server.http_port, HEAD % (PREDICT.encode(), 1000), close=False)
         for _ in range(self._random.randrange(15)):
             with suppress(OSError):
                 writer.write(b" ")
@@ -146,7 +150,7 @@ class Attackers:
         writer.close()
 
     async def _too_large(self) -> None:
-        await self._send(self._server.http_port, HEAD % (PATH.encode(), 10**9) + bytes(100_000), 0.01)
+        await self._send(self._server.http_port, HEAD % (PREDICT.encode(), 10**9) + bytes(100_000), 0.01)
 
     async def _pipelined_garbage(self) -> None:
         good = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -223,7 +227,7 @@ class Good:
 
     async def _ask_on(self, caller: Caller) -> None:
         while self.may_ask:
-            np.testing.assert_allclose(await caller.ask(), self._expected, rtol=1e-6)
+            np.testing.assert_allclose(await caller.predict(), self._expected, rtol=1e-6)
             self.answers += 1
         await caller.close()
 
@@ -238,9 +242,9 @@ async def test_good_requests_among_thousands_of_hostile_ones_are_all_answered_ri
     model_dir: Path, google: ModuleType
 ) -> None:
     flags = (f"--model_dir={model_dir}", "--read_timeout_seconds=1", "--max_connections=200")
-    with running(*flags, python_flags=("-c", COUNT_TASKS)) as server:
+    with run_server(*flags, python_flags=("-c", COUNT_TASKS)) as server:
         expected = server.predict(BODY).json()["predictions"][0]
-        idle_tasks, idle_descriptors = tasks(server), server.descriptors()
+        idle_tasks, idle_descriptors = tasks(server), server.count_descriptors()
         callers = [KeepAlive(server, BODY), Http2(server, BODY), Grpc(server.grpc_port, google, CAT)]
         good = Good([*callers, Grpc(server.http_port, google, CAT)], expected)
         attackers = Attackers(server)
@@ -252,12 +256,12 @@ async def test_good_requests_among_thousands_of_hostile_ones_are_all_answered_ri
         await asking
         await attackers.close()
 
-        wait_for(lambda: value(server, "pinnace_requests_in_flight") == 0)
+        wait_for_metric(server, "pinnace_requests_in_flight", 0)
         await asyncio.to_thread(server.wait_for_descriptors, idle_descriptors)
-        wait_for(lambda: tasks(server) <= idle_tasks)
+        wait_for(lambda: tasks(server) <= idle_tasks, f"{idle_tasks} tasks")
         after_mib = memory_mib(server.process.pid, "Rss")
         outcomes = Counter({outcome: 0 for outcome in ("failed", "rejected")})
-        for (_, outcome), count in ended(server).items():
+        for (_, outcome), count in requests_by_outcome(server).items():
             outcomes[outcome] += int(count)
         assert server.predict(BODY).json()["predictions"] == [expected]
         assert server.stop() == 0

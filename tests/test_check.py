@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import PROJECT, Server, running
+from tests.support.servers import PROJECT, Server, run_server
 
-ECHO = "--predictor=tests.predictors:Echo"
+ECHO = "--predictor=tests.support.predictors:Echo"
 LIMITS = "at most 128 requests of a model at once, 16 rows in a batch, 8 MiB a body, 60 s an answer"
 
 
@@ -50,7 +50,7 @@ def test_it_says_what_would_be_served_and_by_which_ports(workers: int, model_dir
 
 
 def test_a_start_says_the_same_once_it_is_ready(model_dir: Path) -> None:
-    with running(f"--model_dir={model_dir}") as server:
+    with run_server(f"--model_dir={model_dir}") as server:
         server.wait_for_line(re.compile("custom-model: architecture alexnet, weights seeded:0, precision fp32"))
         server.wait_for_line(re.compile(LIMITS))
 
@@ -62,7 +62,7 @@ def test_it_listens_nowhere(server: Server) -> None:
 
 
 def test_each_of_several_models_must_load(tmp_path: Path) -> None:
-    code, lines, problem = check(f"--model=good=,bad={tmp_path}/none", "--predictor=good=tests.predictors:Echo")
+    code, lines, problem = check(f"--model=good=,bad={tmp_path}/none", "--predictor=good=tests.support.predictors:Echo")
 
     assert (code, lines) == (4, [])
     assert problem == f"app.py: {tmp_path}/none, where bad should be, does not exist: see --model_dir"

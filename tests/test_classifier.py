@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
@@ -22,8 +21,8 @@ from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor, tensor_of_values
-from tests.pictures import CAT, MODES, PHOTOGRAPHS, encoded
-from tests.test_image import torchvisions_pixels
+from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, encode_picture
+from tests.support.reference import compute_original_logits
 
 MOST_DIFFERENCE = 1e-4
 
@@ -43,17 +42,11 @@ def logits_of(classifier: Classifier, request: Request) -> NDArray[np.float32]:
     return classifier.predict(classifier.preprocess(request))["logits"]
 
 
-def original_logits(original: Source, picture: bytes) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        logits: torch.Tensor = original.model(torch.from_numpy(torchvisions_pixels(original, picture))[None])[0]
-    return logits.numpy()
-
-
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, *MODES])
 def test_all_logits_equal_those_of_torchvision_and_torch(name: str, classifier: Classifier, original: Source) -> None:
     picture = {**PHOTOGRAPHS, **MODES}[name]
 
-    difference = np.abs(logits_of(classifier, images(picture))[0] - original_logits(original, picture)).max()
+    difference = np.abs(logits_of(classifier, images(picture))[0] - compute_original_logits(original, picture)).max()
 
     assert difference <= MOST_DIFFERENCE
 
@@ -178,7 +171,7 @@ def test_fast_decoding_of_a_jpeg_differs_by_three_grey_levels_on_average_and_har
     name: str, times: int, fast: Classifier, classifier: Classifier
 ) -> None:
     picture = Image.open(io.BytesIO(PHOTOGRAPHS[name])).convert("RGB")
-    jpeg = encoded(picture.resize((picture.width * times, picture.height * times)), "JPEG", quality=90)
+    jpeg = encode_picture(picture.resize((picture.width * times, picture.height * times)), "JPEG", quality=90)
 
     assert grey_levels(fast, classifier, jpeg).mean() < 3
     one, other = (logits_of(each, images(jpeg))[0] for each in (fast, classifier))
@@ -193,7 +186,7 @@ def test_fast_decoding_of_anything_else_differs_by_two_grey_levels_at_most(
 
 
 def test_fast_decoding_makes_no_picture_smaller_than_it_is_needed(fast: Classifier) -> None:
-    jpeg = encoded(Image.open(io.BytesIO(CAT)).convert("RGB").resize((2100, 1500)), "JPEG")
+    jpeg = encode_picture(Image.open(io.BytesIO(CAT)).convert("RGB").resize((2100, 1500)), "JPEG")
 
     assert image.decode(jpeg, 10**9, fast.card.resize_pixels).size == (525, 375)
     assert image.decode(jpeg, 10**9).size == (2100, 1500)

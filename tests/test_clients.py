@@ -22,9 +22,10 @@ import pytest
 from PIL import Image, ImageChops
 
 from examples.draw import draw
-from tests.certificates import make_party
-from tests.pictures import CAT, MODES, v1_request
-from tests.servers import PROJECT, Server, gated, running
+from tests.support.certificates import make_identity
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT, MODES
+from tests.support.servers import PROJECT, Server, run_gated_server, run_server
 
 
 def client(*arguments: str, port: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,7 +48,7 @@ def port_of(server: Server, name: str) -> int:
 
 
 def expected(server: Server, picture: bytes) -> list[tuple[str, float]]:
-    request = {**json.loads(v1_request(picture)), "signature_name": "classification"}
+    request = {**json.loads(make_v1_request(picture)), "signature_name": "classification"}
     (row,) = server.predict(json.dumps(request)).json()["predictions"]
     return [(one["label"], one["probability"]) for one in row]
 
@@ -72,7 +73,7 @@ def test_a_client_prints_each_pictures_labels_and_time(name: str, server: Server
 def test_a_client_reads_requests_of_either_protocol_and_urls(
     name: str, kind: str, server: Server, tmp_path: Path
 ) -> None:
-    request = json.loads(v1_request(CAT))
+    request = json.loads(make_v1_request(CAT))
     if kind == "V2 request":
         text = request["instances"][0]["image"]["b64"]
         request = {"inputs": [{"name": "input-0", "shape": [1], "datatype": "BYTES", "data": [text]}]}
@@ -125,12 +126,12 @@ def test_what_has_no_answer_is_told_and_the_others_are_written(name: str, server
 @BOTH
 def test_a_client_shows_its_key_and_certificate(name: str, model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
-    authority = make_party(tmp_path, "authority", None)
-    own, other = (make_party(tmp_path, one, authority) for one in ("server", "client"))
+    authority = make_identity(tmp_path, "authority", None)
+    own, other = (make_identity(tmp_path, one, authority) for one in ("server", "client"))
     asked = (f"--ssl_ca_certs={authority.certificate}", f"--api_key_file={tmp_path}/key")
     shown = (f"--ssl_certfile={other.certificate}", f"--ssl_keyfile={other.key}")
     served = (f"--ssl_certfile={own.certificate}", f"--ssl_keyfile={own.key}")
-    with running(f"--model_dir={model_dir}", *served, *asked) as server:
+    with run_server(f"--model_dir={model_dir}", *served, *asked) as server:
         picture = (f"clients.{name}", "examples/picture.jpg")
         address = f"--address=localhost:{port_of(server, name)}"
         welcome = client(*picture, address, *asked, *shown)
@@ -147,7 +148,7 @@ def test_a_client_comes_again_when_a_busy_server_says_so(name: str, model_dir: P
     for number in range(3):
         Image.new("RGB", (4000, 4000)).save(tmp_path / f"{number}.jpg")  # at once, and each for a while
 
-    with running(f"--model_dir={model_dir}", "--max_concurrent_requests=1") as server:
+    with run_server(f"--model_dir={model_dir}", "--max_concurrent_requests=1") as server:
         done = client(f"clients.{name}", f"{tmp_path}/*.jpg", "--connections=3", port=port_of(server, name))
         assert 'outcome="rejected"' in server.get("/metrics").text
 
@@ -214,7 +215,7 @@ def test_an_interrupt_ends_the_asking(tmp_path: Path, gate: Callable[[str], Path
     held = gate("held")
     request = {"instances": [{"image": {"b64": base64.b64encode(b"held").decode()}}] * 50}
     (tmp_path / "input.json").write_text(json.dumps(request))
-    with gated(tmp_path, "--max_asyncio_workers=1") as server:
+    with run_gated_server(tmp_path, "--max_asyncio_workers=1") as server:
         command = [sys.executable, "-m", "clients.rest_client", f"--address=127.0.0.1:{server.http_port}"]
         with subprocess.Popen(
             [*command, f"{tmp_path}/input.json"], cwd=PROJECT, stderr=subprocess.PIPE, text=True
@@ -240,7 +241,7 @@ def test_a_request_has_every_picture_that_was_named(tmp_path: Path, server: Serv
 
     done = client("clients.make_input", f"{tmp_path}/cat.png", f"{tmp_path}/grey.jpg")
 
-    assert json.loads(done.stdout) == json.loads(v1_request(CAT, MODES["JPEG grey"]))
+    assert json.loads(done.stdout) == json.loads(make_v1_request(CAT, MODES["JPEG grey"]))
 
 
 def test_the_example_is_what_its_script_draws() -> None:
@@ -249,4 +250,4 @@ def test_the_example_is_what_its_script_draws() -> None:
 
     assert difference.max() < 64  # what JPEG loses at the edges
     request = json.loads((PROJECT / "examples/input.json").read_text())
-    assert request == json.loads(v1_request((PROJECT / "examples/picture.jpg").read_bytes()))
+    assert request == json.loads(make_v1_request((PROJECT / "examples/picture.jpg").read_bytes()))

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.pictures import CAT
-from tests.servers import Server, running
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_server
 
 PREDICT = "/v1/models/custom-model:predict"
 STRUCTURED = "application/cloudevents+json"
@@ -31,7 +31,7 @@ HEADERS = {f"ce-{name}": str(EVENT[name]) for name in ("specversion", "id", "sou
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Echo") as server:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         yield server
 
 
@@ -71,7 +71,7 @@ def test_an_event_in_headers_is_answered_with_one(echo: Server) -> None:
 @pytest.fixture(scope="module")
 def merging() -> Iterator[Server]:
     variables = {"CE_MERGE": "true", "CE_TYPE": "com.example.answer", "CE_SOURCE": "https://example.com/server"}
-    with running("--predictor=tests.predictors:Echo", environment={**os.environ, **variables}) as server:
+    with run_server("--predictor=tests.support.predictors:Echo", environment={**os.environ, **variables}) as server:
         yield server
 
 

@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.pictures import PHOTOGRAPHS, v1_request
-from tests.servers import Server
-from tests.test_grpc import image_request
+from tests.support.clients import make_image_request, make_v1_request
+from tests.support.pictures import PHOTOGRAPHS
+from tests.support.servers import Server
 
 ROUNDS = 4
 
@@ -21,10 +21,10 @@ async def test_every_one_of_many_requests_at_once_gets_the_answer_to_its_own_pic
     server: Server, google: ModuleType
 ) -> None:
     pictures = list(PHOTOGRAPHS.values())
-    alone = [server.predict(v1_request(picture)).json()["predictions"][0] for picture in pictures]
+    alone = [server.predict(make_v1_request(picture)).json()["predictions"][0] for picture in pictures]
 
     async def by_rest(client: httpx.AsyncClient, picture: bytes) -> list[float]:
-        response = await client.post("/v1/models/custom-model:predict", content=v1_request(picture))
+        response = await client.post("/v1/models/custom-model:predict", content=make_v1_request(picture))
         row: list[float] = response.json()["predictions"][0]
         return row
 
@@ -32,7 +32,7 @@ async def test_every_one_of_many_requests_at_once_gets_the_answer_to_its_own_pic
         call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer"
         )
-        message = await call(image_request(google, picture).SerializeToString(), timeout=60)
+        message = await call(make_image_request(google, picture).SerializeToString(), timeout=60)
         return list(google.ModelInferResponse.FromString(message).outputs[0].contents.fp32_contents)
 
     async with (
@@ -51,7 +51,7 @@ async def test_good_answers_are_bit_equal_to_those_alone_beside_bad_cancelled_an
     server: Server, google: ModuleType
 ) -> None:
     pictures = list(PHOTOGRAPHS.values())
-    alone = [server.predict(v1_request(picture)).json()["predictions"] for picture in pictures]
+    alone = [server.predict(make_v1_request(picture)).json()["predictions"] for picture in pictures]
 
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=60) as client,
@@ -64,11 +64,11 @@ async def test_good_answers_are_bit_equal_to_those_alone_beside_bad_cancelled_an
         async def one(number: int) -> None:
             which = number % len(pictures)
             if number % 10 == 1:
-                damaged = await client.post("/v1/models/custom-model:predict", content=v1_request(b"\xff\xd8\xff"))
+                damaged = await client.post("/v1/models/custom-model:predict", content=make_v1_request(b"\xff\xd8\xff"))
                 assert damaged.status_code == 400
             elif number % 10 == 2:
                 with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
-                    await call(image_request(google, pictures[which]).SerializeToString(), timeout=0.02)
+                    await call(make_image_request(google, pictures[which]).SerializeToString(), timeout=0.02)
             elif number % 10 == 3:
                 leaving = asyncio.create_task(client.post("/v1/models/custom-model:predict", content=requests[which]))
                 await asyncio.wait({leaving}, timeout=0.02)
@@ -78,5 +78,5 @@ async def test_good_answers_are_bit_equal_to_those_alone_beside_bad_cancelled_an
                 answer = await client.post("/v1/models/custom-model:predict", content=requests[which])
                 assert answer.json()["predictions"] == alone[which]
 
-        requests = [v1_request(picture) for picture in pictures]
+        requests = [make_v1_request(picture) for picture in pictures]
         await asyncio.gather(*map(one, range(150)))

@@ -15,12 +15,11 @@ import grpc
 import httpx
 import pytest
 
-from tests.certificates import Party, make_party
-from tests.conftest import grpc_call
-from tests.servers import PROJECT, Server, running, start_failing
-from tests.test_grpc import image_request
+from tests.support.certificates import Identity, make_identity
+from tests.support.clients import call_grpc, make_image_request
+from tests.support.servers import PROJECT, Server, expect_start_failure, run_server
 
-ECHO = "--predictor=tests.predictors:Echo"
+ECHO = "--predictor=tests.support.predictors:Echo"
 KEYS = ("first-key", "second-key")
 PROBES = ("/", "/v2/health/live", "/v2/health/ready", "/v1/models/custom-model", "/v2/models/custom-model/ready")
 CLOSED = (
@@ -50,23 +49,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def authority(folder: Path) -> Party:
-    return make_party(folder, "authority", None)
+def authority(folder: Path) -> Identity:
+    return make_identity(folder, "authority", None)
 
 
 @pytest.fixture(scope="module")
-def own(folder: Path, authority: Party) -> Party:
-    return make_party(folder, "server", authority)
+def own(folder: Path, authority: Identity) -> Identity:
+    return make_identity(folder, "server", authority)
 
 
 @pytest.fixture(scope="module")
-def client(folder: Path, authority: Party) -> Party:
-    return make_party(folder, "client", authority)
+def client(folder: Path, authority: Identity) -> Identity:
+    return make_identity(folder, "client", authority)
 
 
 @pytest.fixture(scope="module")
-def stranger(folder: Path) -> Party:
-    return make_party(folder, "stranger", make_party(folder, "another authority", None))
+def stranger(folder: Path) -> Identity:
+    return make_identity(folder, "stranger", make_identity(folder, "another authority", None))
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +73,27 @@ def keyed(folder: Path) -> Iterator[Server]:
     """Asks for a key."""
     file = folder / "keys"
     file.write_text("\n".join(KEYS) + "\n")
-    with running(ECHO, f"--api_key_file={file}", "--cors_allow_origins=https://a.example") as server:
+    with run_server(ECHO, f"--api_key_file={file}", "--cors_allow_origins=https://a.example") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def mutual(own: Party, authority: Party) -> Iterator[Server]:
+def mutual(own: Identity, authority: Identity) -> Iterator[Server]:
     """Asks for a certificate."""
     flags = (f"--ssl_certfile={own.certificate}", f"--ssl_keyfile={own.key}", f"--ssl_ca_certs={authority.certificate}")
-    with running(ECHO, *flags) as server:
+    with run_server(ECHO, *flags) as server:
         yield server
 
 
-def https(server: Server, authority: Party, shown: Party | None = None, **options: Any) -> httpx.Client:
+def https(server: Server, authority: Identity, shown: Identity | None = None, **options: Any) -> httpx.Client:
     context = ssl.create_default_context(cafile=str(authority.certificate))
     if shown:
         context.load_cert_chain(shown.certificate, shown.key)
     return httpx.Client(base_url=server.url.replace("http:", "https:"), verify=context, timeout=30, **options)
 
 
-def secure_channel(port: int, authority: Party, shown: Party | None = None) -> grpc.Channel:
-    key, certificate = shown.bytes if shown else (None, None)
+def secure_channel(port: int, authority: Identity, shown: Identity | None = None) -> grpc.Channel:
+    key, certificate = shown.pem if shown else (None, None)
     credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes(), key, certificate)
     return grpc.secure_channel(f"localhost:{port}", credentials)
 
@@ -156,7 +155,7 @@ def test_over_grpc_too_nothing_but_probes_is_answered_without_a_key(
         assert code_of(channel, google, "ServerMetadata", authorization="Bearer first-key") == ("OK", "")
 
 
-def test_without_a_client_certificate_https_answers_nothing_but_probes(mutual: Server, authority: Party) -> None:
+def test_without_a_client_certificate_https_answers_nothing_but_probes(mutual: Server, authority: Identity) -> None:
     with https(mutual, authority) as nobody:
         for path in PROBES:
             assert nobody.get(path).status_code == 200
@@ -167,7 +166,7 @@ def test_without_a_client_certificate_https_answers_nothing_but_probes(mutual: S
 
 @pytest.mark.parametrize("http2", [False, True])
 def test_with_a_certificate_of_the_authority_https_answers(
-    http2: bool, mutual: Server, authority: Party, client: Party
+    http2: bool, mutual: Server, authority: Identity, client: Identity
 ) -> None:
     with https(mutual, authority, client, http1=not http2, http2=http2) as known:
         response = known.post("/v1/models/custom-model:predict", content=BODY)
@@ -176,7 +175,7 @@ def test_with_a_certificate_of_the_authority_https_answers(
 
 
 def test_a_certificate_of_another_authority_opens_no_port(
-    mutual: Server, authority: Party, stranger: Party, google: ModuleType
+    mutual: Server, authority: Identity, stranger: Identity, google: ModuleType
 ) -> None:
     with https(mutual, authority, stranger) as unknown, pytest.raises(httpx.TransportError):
         unknown.get("/")
@@ -186,16 +185,16 @@ def test_a_certificate_of_another_authority_opens_no_port(
 
 
 def test_grpc_over_tls_answers_who_shows_a_certificate_on_both_ports(
-    mutual: Server, authority: Party, client: Party, google: ModuleType
+    mutual: Server, authority: Identity, client: Identity, google: ModuleType
 ) -> None:
     for port in (mutual.grpc_port, mutual.http_port):
         with secure_channel(port, authority, client) as channel:
-            response = grpc_call(channel, google, "ModelInfer", image_request(google, b"x"))
+            response = call_grpc(channel, google, "ModelInfer", make_image_request(google, b"x"))
             assert response.outputs[0].contents.bytes_contents == [b"x"]
 
 
 def test_without_a_certificate_the_grpc_port_answers_nothing_and_the_http_port_probes(
-    mutual: Server, authority: Party, google: ModuleType
+    mutual: Server, authority: Identity, google: ModuleType
 ) -> None:
     with secure_channel(mutual.grpc_port, authority) as channel:
         assert code_of(channel, google, "ServerLive")[0] == "UNAVAILABLE"
@@ -204,7 +203,7 @@ def test_without_a_certificate_the_grpc_port_answers_nothing_and_the_http_port_p
         assert code_of(channel, google, "ModelInfer") == ("UNAUTHENTICATED", NO_CERTIFICATE)
 
 
-def test_both_ports_speak_tls_1_2_and_newer_and_nothing_older_or_plain(mutual: Server, client: Party) -> None:
+def test_both_ports_speak_tls_1_2_and_newer_and_nothing_older_or_plain(mutual: Server, client: Identity) -> None:
     def session(port: int, *flags: str) -> str:
         known = ["-cert", str(client.certificate), "-key", str(client.key)]
         command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-alpn", "h2", *known, *flags]
@@ -219,11 +218,11 @@ def test_both_ports_speak_tls_1_2_and_newer_and_nothing_older_or_plain(mutual: S
         httpx.get(mutual.url)
 
 
-def test_the_containers_health_is_told_over_tls_too(own: Party, authority: Party) -> None:
+def test_the_containers_health_is_told_over_tls_too(own: Identity, authority: Identity) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     tls = (f"--ssl_certfile={own.certificate}", f"--ssl_keyfile={own.key}", f"--ssl_ca_certs={authority.certificate}")
-    with running(ECHO, *tls, f"--http_port={port}") as server:
+    with run_server(ECHO, *tls, f"--http_port={port}") as server:
         command = [sys.executable, "-m", "pinnace.process.healthcheck", str(server.process.pid)]
         subprocess.run(command, cwd=PROJECT, check=True, timeout=60)
 
@@ -240,12 +239,12 @@ def test_the_containers_health_is_told_over_tls_too(own: Party, authority: Party
         (["--api_key_file={empty}"], "--api_key_file: "),
     ],
 )
-def test_files_that_do_not_fit_stop_the_start(flags: list[str], problem: str, own: Party, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_stop_the_start(flags: list[str], problem: str, own: Identity, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("\n")
     named = [flag.format(own=own.certificate, key=own.key, empty=empty) for flag in flags]
 
-    code, lines = start_failing(ECHO, "--http_port=0", "--grpc_port=0", *named)
+    code, lines = expect_start_failure(ECHO, "--http_port=0", "--grpc_port=0", *named)
 
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith(f"app.py: {problem}")

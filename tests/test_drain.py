@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from bench.subject import children
-from tests.callers import Caller, Grpc, Http2, KeepAlive, Refused
 from tests.marks import chaos
-from tests.pictures import CAT, v1_request
-from tests.servers import READY, Server, running
+from tests.support.callers import Caller, Grpc, Http2, KeepAlive, Refused
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT
+from tests.support.servers import READY, Server, run_server
 
 CALLERS = 16
 ANSWERS_BEFORE_STOP = 48
 GRACE_SECONDS = 25
 BACK_SECONDS = 10  # 3 where nothing else wants the CPUs
-BODY = v1_request(CAT).encode()
+BODY = make_v1_request(CAT).encode()
 KINDS = ["REST, keep-alive", "REST, HTTP/2", "gRPC", "gRPC on the HTTP port", "REST, two workers", "gRPC, two workers"]
 
 
@@ -53,7 +54,7 @@ class Load:
     async def _ask_on(self, one: Caller) -> None:
         try:
             while self.may_ask:
-                self.answers.append(await one.ask())
+                self.answers.append(await one.predict())
                 if len(self.answers) >= ANSWERS_BEFORE_STOP:
                     self.enough.set()
         except Refused as error:
@@ -79,7 +80,7 @@ async def test_a_stop_at_full_load_loses_nothing_that_was_accepted(
     workers = 2 if kind.endswith("workers") else 1
     with (
         log.open("w") as stdout,
-        running(f"--model_dir={model_dir}", f"--workers={workers}", stdout=stdout) as server,
+        run_server(f"--model_dir={model_dir}", f"--workers={workers}", stdout=stdout) as server,
     ):
         load = Load([caller(kind, server, google) for _ in range(CALLERS)])
         asking = asyncio.create_task(load.run())
@@ -101,7 +102,7 @@ async def test_clients_that_follow_readiness_see_no_error_at_all(
 ) -> None:
     workers = 2 if kind.endswith("workers") else 1
     flags = (f"--model_dir={model_dir}", f"--workers={workers}", "--drain_delay_seconds=3")
-    with running(*flags) as server:
+    with run_server(*flags) as server:
         load = Load([caller(kind, server, google) for _ in range(CALLERS)])
         asking = asyncio.create_task(load.run())
         await asyncio.wait_for(load.enough.wait(), 60)
@@ -121,7 +122,7 @@ async def test_clients_that_follow_readiness_see_no_error_at_all(
 async def test_of_two_workers_one_that_is_killed_under_load_fails_what_was_inside_it_and_is_replaced(
     model_dir: Path, google: ModuleType
 ) -> None:
-    with running(f"--model_dir={model_dir}", "--workers=2") as server:
+    with run_server(f"--model_dir={model_dir}", "--workers=2") as server:
         callers = [KeepAlive(server, BODY) for _ in range(CALLERS)]
         killed = children(server.process.pid)[0]
         answers: list[list[float]] = []
@@ -131,7 +132,7 @@ async def test_of_two_workers_one_that_is_killed_under_load_fails_what_was_insid
         async def ask_on(number: int) -> None:
             while not stop.is_set():
                 try:
-                    answers.append(await callers[number].ask())
+                    answers.append(await callers[number].predict())
                     if len(answers) >= ANSWERS_BEFORE_STOP:
                         enough.set()
                 except Refused:

@@ -8,14 +8,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from pinnace.cpus import available_cpus
 from pinnace.errors import DeviceUnavailable, ModelFileNotFound, ModelLoadError
-from pinnace.runtimes.onnx import CUDA, OnnxSession, gpu_memory_bytes
+from pinnace.runtimes.onnx import OnnxSession, gpu_memory_bytes
+from tests.support.cuda import HAS_CUDA
 
-HAS_CUDA = CUDA in onnxruntime.get_available_providers()
 PIXELS = np.zeros((1, 3, 224, 224), np.float32)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from pinnace import errors
 from pinnace.errors import InternalError, ServingError, StartupError
-from tests.conftest import grpc_call
-from tests.servers import Server, running
+from tests.support.clients import call_grpc
+from tests.support.servers import Server, run_server
 
 TABLE = [ServingError, *ServingError.__subclasses__()]
 PYTHONS_OWN = ["RuntimeError", "KeyError", "StopIteration", "MemoryError", "AssertionError"]
@@ -21,7 +21,7 @@ PYTHONS_OWN = ["RuntimeError", "KeyError", "StopIteration", "MemoryError", "Asse
 
 @pytest.fixture(scope="module")
 def failing() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         yield server
 
 
@@ -57,7 +57,7 @@ def test_what_nobody_foresaw_is_logged_and_not_told(name: str, failing: Server, 
 
 
 def test_the_log_has_the_traceback_that_the_client_has_not() -> None:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         server.predict(json.dumps({"instances": ["RuntimeError"]}))
         server.stop()
 
@@ -91,5 +91,5 @@ def grpc_error(server: Server, google: ModuleType, instance: str) -> tuple[grpc.
     tensor = request.inputs.add(name="x", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(instance.encode())
     with grpc.insecure_channel(server.grpc_address) as channel, pytest.raises(grpc.RpcError) as error:
-        grpc_call(channel, google, "ModelInfer", request)
+        call_grpc(channel, google, "ModelInfer", request)
     return error.value.code(), error.value.details()

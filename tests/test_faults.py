@@ -21,13 +21,15 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.callers import INFER, PATH, Caller, Grpc, Http2, KeepAlive
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, read_until, running, wait_for
-from tests.test_metrics import value
+from tests.support.callers import Caller, Grpc, Http2, KeepAlive
+from tests.support.clients import INFER, PREDICT, make_v1_request
+from tests.support.metrics import metric_value
+from tests.support.pictures import CAT
+from tests.support.servers import Server, read_until, run_server
+from tests.support.waiting import wait_for
 
-BODY = v1_request(CAT).encode()
-HALF = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % PATH.encode()
+BODY = make_v1_request(CAT).encode()
+HALF = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % PREDICT.encode()
 DAY_SECONDS = 24 * 3600
 JUMPING_CLOCK = """
 #define _GNU_SOURCE
@@ -93,7 +95,7 @@ def asked_all_the_while(server: Server, model: str, expected: object) -> Iterato
         try:
             yield
             seen = len(answers)
-            wait_for(lambda: len(answers) > seen + 4 or any(one.done() for one in asking))
+            wait_for(lambda: len(answers) > seen + 4 or any(call.done() for call in asking), "five more answers")
         finally:
             goes_on = False
         for one in asking:
@@ -102,7 +104,7 @@ def asked_all_the_while(server: Server, model: str, expected: object) -> Iterato
 
 async def test_a_full_disk_under_the_logs_costs_no_request(model_dir: Path, google: ModuleType) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
-    with running(f"--model_dir={model_dir}", stdout=full) as server:
+    with run_server(f"--model_dir={model_dir}", stdout=full) as server:
         os.close(full)
         expected = server.predict(BODY).json()
         assert len(expected["predictions"]) == 1
@@ -117,7 +119,7 @@ async def test_a_clock_that_jumps_by_a_day_at_any_reading_changes_nothing_but_da
 ) -> None:
     environment = {**os.environ, "LD_PRELOAD": str(jumping_clock)}
     flags = (f"--model_dir={model_dir}", "--read_timeout_seconds=1", "--request_timeout_seconds=30")
-    with running(*flags, environment=environment) as server:
+    with run_server(*flags, environment=environment) as server:
         with server.connect() as half:
             half.sendall(HALF)
             callers = [KeepAlive(server, BODY), Http2(server, BODY), Grpc(server.grpc_port, google, CAT)]
@@ -128,13 +130,13 @@ async def test_a_clock_that_jumps_by_a_day_at_any_reading_changes_nothing_but_da
         jumps = [abs((after - before).total_seconds()) for before, after in pairwise(dates)]
         assert max(jumps) > DAY_SECONDS / 2
         for handler in ("preprocess", "predict", "postprocess"):
-            seconds = value(server, f"request_{handler}_seconds_sum", model_name="custom-model")
+            seconds = metric_value(server, f"request_{handler}_seconds_sum", model_name="custom-model")
             assert 0 < seconds < 60
         assert server.stop() == 0
 
 
 async def _answers(callers: list[Caller], times: int) -> list[list[float]]:
-    answers = [await caller.ask() for _ in range(times) for caller in callers]
+    answers = [await caller.predict() for _ in range(times) for caller in callers]
     for caller in callers:
         await caller.close()
     return answers
@@ -147,7 +149,7 @@ def test_a_model_replaced_by_garbage_under_load_answers_on_until_it_is_loaded_an
     for folder in (good, other):
         shutil.copytree(model_dir, folder)
     models = f"--model=good={good},other={other}"
-    with running(models, "--enable_model_repository=true") as server:
+    with run_server(models, "--enable_model_repository=true") as server:
         expected = server.post("/v1/models/good:predict", BODY).json()
         with asked_all_the_while(server, "good", expected):
             with asked_all_the_while(server, "other", expected):
@@ -187,7 +189,7 @@ def half_a_message(server: Server) -> Iterator[None]:
 
 
 def test_half_a_grpc_message_holds_up_no_stop_beyond_the_grace_period() -> None:
-    flags = ("--predictor=tests.predictors:Echo", "--grace_period_seconds=1")
-    with running(*flags) as server, half_a_message(server):
+    flags = ("--predictor=tests.support.predictors:Echo", "--grace_period_seconds=1")
+    with run_server(*flags) as server, half_a_message(server):
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0

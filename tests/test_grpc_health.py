@@ -17,10 +17,10 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 
 from pinnace.proto.generated.descriptors import SERVICES
-from tests.servers import Server, gated, running
-from tests.test_lifecycle import rest
+from tests.support.clients import predict_over_rest
+from tests.support.servers import Server, run_gated_server, run_server
 
-ECHO = "--predictor=tests.predictors:Echo"
+ECHO = "--predictor=tests.support.predictors:Echo"
 INFERENCE = "inference.GRPCInferenceService"
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
 
@@ -47,7 +47,7 @@ def module_beside(google: ModuleType, name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def reflecting() -> Iterator[Server]:
-    with running(ECHO, "--enable_grpc_reflection=true") as server:
+    with run_server(ECHO, "--enable_grpc_reflection=true") as server:
         yield server
 
 
@@ -119,13 +119,13 @@ def test_a_watcher_hears_of_the_stop_before_the_last_answer(
 ) -> None:
     held = gate("held")
     with (
-        gated(tmp_path) as server,
+        run_gated_server(tmp_path) as server,
         ThreadPoolExecutor() as clients,
         on(server, port) as channel,
     ):
         statuses = watch(channel, health, service)
         assert next(statuses) == before
-        answer = clients.submit(rest, server, "held")
+        answer = clients.submit(predict_over_rest, server, "held")
         with held.open("wb"):
             server.process.send_signal(signal.SIGTERM)
             assert list(statuses) == after
@@ -136,7 +136,7 @@ def test_a_watcher_hears_of_the_stop_before_the_last_answer(
 @pytest.mark.parametrize("port", PORTS)
 @pytest.mark.parametrize("service", ["", "custom-model"])
 def test_a_watcher_hears_of_an_unload_and_of_the_load_after_it(service: str, port: str, health: ModuleType) -> None:
-    with running(ECHO, "--enable_model_repository=true") as server, on(server, port) as channel:
+    with run_server(ECHO, "--enable_model_repository=true") as server, on(server, port) as channel:
         statuses = watch(channel, health, service)
         assert next(statuses) == SERVING
         server.post("/v2/repository/models/custom-model/unload", "")
@@ -167,7 +167,7 @@ def test_reflection_lists_every_service(version: str, port: str, reflecting: Ser
 @pytest.mark.parametrize("port", PORTS)
 def test_a_long_stream_holds_no_more_than_the_message_that_is_read(port: str, reflection: ModuleType) -> None:
     request = reflection.ServerReflectionRequest(list_services="*", host="h" * 100_000)
-    with running(ECHO, "--enable_grpc_reflection=true", "--max_queue_bytes=500000") as server:
+    with run_server(ECHO, "--enable_grpc_reflection=true", "--max_queue_bytes=500000") as server:
         assert len(reflect(server, reflection, "v1", *[request] * 20, port=port)) == 20
 
 
@@ -230,7 +230,7 @@ def test_reflection_says_what_it_does_not_know(
 
 
 def test_neither_service_loads_googles_protobuf(health: ModuleType, reflection: ModuleType) -> None:
-    with running(ECHO, "--enable_grpc_reflection=true", python_flags=["-X", "importtime"]) as server:
+    with run_server(ECHO, "--enable_grpc_reflection=true", python_flags=["-X", "importtime"]) as server:
         check(server, health, "")
         reflect(server, reflection, "v1", reflection.ServerReflectionRequest(list_services=""))
         assert server.stop() == 0

@@ -19,10 +19,10 @@ from PIL import Image
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.grpc.service import PROBES
 from pinnace.models.image import decode, from_base64, image_bytes
-from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES, V1, V2, Hostile
-from tests.pictures import CAT, MODES, v1_request
-from tests.servers import Server, running
-from tests.test_grpc_over_http import frame, raw_call
+from tests.support.clients import PREDICT, frame_message, make_v1_request, send_raw_call
+from tests.support.hostile import COMPRESSED_BOMB, HOSTILE_MESSAGES, HOSTILE_REQUESTS, V2_INFER, HostileRequest
+from tests.support.pictures import CAT, MODES
+from tests.support.servers import Server, run_server
 
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 MOST_MIB = 48  # the largest of them is 8 MiB, which is held as it came and as text
@@ -41,15 +41,15 @@ v2_tensor = st.fixed_dictionaries(
 v2_body = st.fixed_dictionaries(
     {"inputs": st.lists(v2_tensor, max_size=3) | json_value}, optional={"outputs": json_value, "id": json_value}
 )
-text = st.binary(max_size=300) | st.just(v1_request(CAT).encode())
+text = st.binary(max_size=300) | st.just(make_v1_request(CAT).encode())
 picture = st.sampled_from(sorted(MODES)).map(MODES.__getitem__)
 
 
 @pytest.fixture(scope="module")
 def victim(model_dir: Path) -> Iterator[Server]:
-    with running(f"--model_dir={model_dir}") as server:
+    with run_server(f"--model_dir={model_dir}") as server:
         for _ in range(20):
-            assert server.predict(v1_request(CAT)).status_code == 200
+            assert server.predict(make_v1_request(CAT)).status_code == 200
         yield server
         assert server.stop() == 0
         assert not [line for line in server.log if re.search("ERROR|Traceback", line)]
@@ -73,8 +73,8 @@ class Memory:
         return int(found[1]) / 1024
 
 
-@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
-def test_over_rest_it_is_a_4xx_in_flat_memory(hostile: Hostile, victim: Server) -> None:
+@pytest.mark.parametrize("hostile", HOSTILE_REQUESTS.values(), ids=HOSTILE_REQUESTS)
+def test_over_rest_it_is_a_4xx_in_flat_memory(hostile: HostileRequest, victim: Server) -> None:
     memory = Memory(victim)
 
     response = httpx.post(victim.url + hostile.path, content=hostile.body, headers=hostile.headers, timeout=30)
@@ -85,7 +85,7 @@ def test_over_rest_it_is_a_4xx_in_flat_memory(hostile: Hostile, victim: Server) 
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
-@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+@pytest.mark.parametrize("message", HOSTILE_MESSAGES.values(), ids=HOSTILE_MESSAGES)
 def test_over_grpc_it_is_an_invalid_argument_in_flat_memory(port: str, message: bytes, victim: Server) -> None:
     memory = Memory(victim)
     with grpc.insecure_channel(f"127.0.0.1:{victim.grpc_port if port == 'gRPC port' else victim.http_port}") as channel:
@@ -117,7 +117,7 @@ def test_a_compressed_message_is_not_unpacked_beyond_the_limit(port: str, victim
     memory = Memory(victim)
     number = victim.grpc_port if port == "gRPC port" else victim.http_port
 
-    trailers = raw_call(victim, frame(COMPRESSED_BOMB, compressed=True), port=number, grpc_encoding="gzip")
+    trailers = send_raw_call(victim, frame_message(COMPRESSED_BOMB, compressed=True), port=number, grpc_encoding="gzip")
 
     assert trailers["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
     assert memory.grown_mib < MOST_MIB
@@ -126,13 +126,13 @@ def test_a_compressed_message_is_not_unpacked_beyond_the_limit(port: str, victim
 @PROPERTY
 @given(body=v1_body | json_value)
 def test_whatever_json_v1_is_sent_is_answered_or_refused(body: Any, victim: Server) -> None:
-    assert victim.post(V1, json.dumps(body)).status_code in (200, 400, 413)
+    assert victim.post(PREDICT, json.dumps(body)).status_code in (200, 400, 413)
 
 
 @PROPERTY
 @given(body=v2_body | json_value)
 def test_whatever_json_v2_is_sent_is_answered_or_refused(body: Any, victim: Server) -> None:
-    assert victim.post(V2, json.dumps(body)).status_code in (200, 400, 413, 501)
+    assert victim.post(V2_INFER, json.dumps(body)).status_code in (200, 400, 413, 501)
 
 
 @PROPERTY
@@ -140,7 +140,7 @@ def test_whatever_json_v2_is_sent_is_answered_or_refused(body: Any, victim: Serv
 def test_damaged_text_is_answered_or_refused(body: bytes, where: int, octet: bytes, victim: Server) -> None:
     at = where % (len(body) + 1)
 
-    assert victim.post(V1, body[:at] + octet + body[at + len(octet) :]).status_code in (200, 400, 413)
+    assert victim.post(PREDICT, body[:at] + octet + body[at + len(octet) :]).status_code in (200, 400, 413)
 
 
 @PROPERTY

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -22,9 +23,16 @@ import h2.events
 import httpx
 import pytest
 
-from tests.conftest import grpc_call
-from tests.servers import Server, gated, read_until, running, start_failing
-from tests.test_lifecycle import wait_until_refused
+from tests.support.clients import call_grpc
+from tests.support.servers import (
+    Server,
+    expect_start_failure,
+    read_until,
+    refuses_connections,
+    run_gated_server,
+    run_server,
+)
+from tests.support.waiting import wait_for
 
 PREDICT = "/v1/models/custom-model:predict"
 GATED_REQUEST = (
@@ -34,7 +42,7 @@ GATED_REQUEST = (
 
 def test_a_connection_that_its_client_closed_is_closed(server: Server) -> None:
     server.get("/")
-    before = server.descriptors()
+    before = server.count_descriptors()
 
     for _ in range(50):
         server.get("/")
@@ -46,9 +54,9 @@ def test_a_connection_that_its_client_closed_is_closed(server: Server) -> None:
 def test_a_connection_left_while_its_request_is_answered_is_closed(
     reset: bool, tmp_path: Path, gate: Callable[[str], Path]
 ) -> None:
-    with gated(tmp_path) as server:
+    with run_gated_server(tmp_path) as server:
         server.get("/")
-        before = server.descriptors()
+        before = server.count_descriptors()
 
         for number in range(20):
             held = gate(f"gate {number:02}")
@@ -64,9 +72,9 @@ def test_a_connection_left_while_its_request_is_answered_is_closed(
 def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(
     tmp_path: Path, gate: Callable[[str], Path]
 ) -> None:
-    with gated(tmp_path) as server:
+    with run_gated_server(tmp_path) as server:
         server.get("/")
-        before = server.descriptors()
+        before = server.count_descriptors()
 
         for number in range(10):
             held = gate(f"gate {number:02}")
@@ -80,7 +88,7 @@ def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(
 
 def test_an_idle_connection_stays_open_for_the_next_request_and_is_closed_in_the_end() -> None:
     with (
-        running("--predictor=tests.predictors:Echo", "--timeout_keep_alive=1") as server,
+        run_server("--predictor=tests.support.predictors:Echo", "--timeout_keep_alive=1") as server,
         server.connect() as connection,
     ):
         for _ in range(3):
@@ -98,7 +106,7 @@ def test_what_comes_over_idle_connections_while_it_stops_is_answered_or_not_take
     request, answer = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", b'{"models":["custom-model"]}'
     with (
         (tmp_path / "access").open("w") as stdout,
-        running("--predictor=tests.predictors:Echo", stdout=stdout) as server,
+        run_server("--predictor=tests.support.predictors:Echo", stdout=stdout) as server,
         ExitStack() as opened,
     ):
         connections = [opened.enter_context(server.connect()) for _ in range(400)]
@@ -131,7 +139,7 @@ def received(connection: socket.socket) -> bytes:
 
 
 def test_without_a_host_every_interface_is_listened_on() -> None:
-    with running("--predictor=tests.predictors:Echo", "--host=") as server:
+    with run_server("--predictor=tests.support.predictors:Echo", "--host=") as server:
         assert httpx.get(f"http://127.0.0.1:{server.http_port}/").status_code == 200
         if socket.has_ipv6:
             assert httpx.get(f"http://[::1]:{server.http_port}/").status_code == 200
@@ -139,7 +147,7 @@ def test_without_a_host_every_interface_is_listened_on() -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
 def test_an_address_that_is_not_ours_stops_the_start(host: str) -> None:
-    code, lines = start_failing("--predictor=tests.predictors:Echo", f"--host={host}", "--http_port=0")
+    code, lines = expect_start_failure("--predictor=tests.support.predictors:Echo", f"--host={host}", "--http_port=0")
 
     assert (code, len(lines)) == (3, 1)
     assert lines[0].startswith("app.py: HTTP cannot listen on port 0 of ")
@@ -147,7 +155,7 @@ def test_an_address_that_is_not_ours_stops_the_start(host: str) -> None:
 
 def test_of_too_many_connections_the_one_that_is_idle_longest_is_closed_for_the_newcomer() -> None:
     with (
-        running("--predictor=tests.predictors:Echo", "--max_connections=2") as server,
+        run_server("--predictor=tests.support.predictors:Echo", "--max_connections=2") as server,
         server.connect() as oldest,
         server.connect() as used,
     ):
@@ -163,7 +171,7 @@ def test_of_too_many_connections_the_one_that_is_idle_longest_is_closed_for_the_
 
 def test_where_every_connection_has_a_request_one_more_is_refused(tmp_path: Path, gate: Callable[[str], Path]) -> None:
     held = gate("held")
-    with gated(tmp_path, "--max_connections=1") as server:
+    with run_gated_server(tmp_path, "--max_connections=1") as server:
         with server.connect() as busy:
             busy.sendall(GATED_REQUEST.replace(b"26", b"23") % b"held")
             with held.open("wb"), server.connect() as refused:
@@ -176,19 +184,19 @@ def test_where_every_connection_has_a_request_one_more_is_refused(tmp_path: Path
 def test_the_grpc_port_takes_no_more_connections_than_allowed(google: ModuleType) -> None:
     alone = [("grpc.use_local_subchannel_pool", 1)]
     with (
-        running("--predictor=tests.predictors:Echo", "--max_connections=1") as server,
+        run_server("--predictor=tests.support.predictors:Echo", "--max_connections=1") as server,
         grpc.insecure_channel(server.grpc_address, alone) as first,
         grpc.insecure_channel(server.grpc_address, alone) as second,
     ):
-        assert grpc_call(first, google, "ServerLive", google.ServerLiveRequest()).live
+        assert call_grpc(first, google, "ServerLive", google.ServerLiveRequest()).live
         with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
-            grpc_call(second, google, "ServerLive", google.ServerLiveRequest())
-        assert grpc_call(first, google, "ServerLive", google.ServerLiveRequest()).live
+            call_grpc(second, google, "ServerLive", google.ServerLiveRequest())
+        assert call_grpc(first, google, "ServerLive", google.ServerLiveRequest()).live
 
 
 def test_a_shells_limit_of_descriptors_is_no_limit_of_connections() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with running("--predictor=tests.predictors:Echo") as server:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         limits = Path(f"/proc/{server.process.pid}/limits").read_text()
 
     assert re.search(rf"^Max open files +{most} +{most} ", limits, re.MULTILINE)
@@ -210,12 +218,12 @@ def test_a_stopping_server_refuses_new_streams_and_answers_the_others_of_their_c
 ) -> None:
     held, connection = gate("held"), http2_connection()
     seen: list[h2.events.Event] = []
-    with gated(tmp_path) as server, server.connect() as socket:
+    with run_gated_server(tmp_path) as server, server.connect() as socket:
         send_request(connection, 1, b'{"instances": ["held"]}')
         socket.sendall(connection.data_to_send())
         with held.open("wb"):
             server.process.send_signal(signal.SIGTERM)
-            wait_until_refused(server.http_port)
+            wait_for(partial(refuses_connections, server.http_port), "a closed HTTP port")
             send_request(connection, 3, b'{"instances": ["another"]}')
             socket.sendall(connection.data_to_send())
             while not any(isinstance(event, h2.events.StreamReset) for event in seen):

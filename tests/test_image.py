@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from model_export.export import make_card
@@ -19,7 +17,8 @@ from model_export.source import Source
 from model_export.vision import torchvision
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.image import Preprocessing, decode, image_bytes
-from tests.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encoded
+from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encode_picture
+from tests.support.reference import preprocess_with_torchvision
 
 MANY_PIXELS = 100_000_000
 
@@ -30,24 +29,6 @@ def preprocessing(original: Source) -> Preprocessing:
     return Preprocessing(card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std)
 
 
-def torchvisions_pixels(original: Source, data: bytes) -> NDArray[np.float32]:
-    pixels: torch.Tensor = original.preset(torchvisions_picture(data))
-    return pixels.numpy()
-
-
-def torchvisions_picture(data: bytes) -> Image.Image:
-    """As torchvision.datasets' loader makes it, which reads files."""
-    picture = Image.open(io.BytesIO(data))
-    if picture.mode == "I;16":
-        # That loader clips 16 bits to white; this is torchvision's own conversion to eight.
-        wide = torch.from_numpy(np.asarray(picture).astype(np.int32) << 15)
-        narrow = torchvision.transforms.functional.convert_image_dtype(wide, torch.uint8)
-        return Image.fromarray(narrow.numpy()).convert("RGB")
-    if "transparency" in picture.info:
-        picture.info.pop("transparency")  # Pillow warns of it, and drops it
-    return picture.convert("RGB")
-
-
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, *MODES])
 def test_pixels_equal_torchvisions_to_the_bit(name: str, preprocessing: Preprocessing, original: Source) -> None:
     data = {**PHOTOGRAPHS, **MODES}[name]
@@ -55,7 +36,7 @@ def test_pixels_equal_torchvisions_to_the_bit(name: str, preprocessing: Preproce
     pixels = preprocessing(decode(data, MANY_PIXELS))
 
     assert pixels.dtype == np.float32
-    np.testing.assert_array_equal(pixels, torchvisions_pixels(original, data))
+    np.testing.assert_array_equal(pixels, preprocess_with_torchvision(original, data))
 
 
 @pytest.mark.parametrize("name", SIXTEEN_BIT)
@@ -83,7 +64,7 @@ def test_an_extreme_strip_is_resized_only_where_it_is_cropped(
 ) -> None:
     ramp = Image.linear_gradient("L").resize(size).convert("RGB")
 
-    pixels = preprocessing(decode(encoded(ramp, "PNG"), MANY_PIXELS))
+    pixels = preprocessing(decode(encode_picture(ramp, "PNG"), MANY_PIXELS))
 
     middle = np.asarray(ramp)[size[1] // 2, size[0] // 2]
     mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
@@ -98,7 +79,7 @@ def test_only_the_first_frame_is_shown() -> None:
         options = {"save_all": True, "append_images": frames[1:]}
         if file_format == "WEBP":
             options["lossless"] = True
-        assert decode(encoded(frames[0], file_format, **options), MANY_PIXELS).getpixel((4, 4)) == (255, 0, 0)
+        assert decode(encode_picture(frames[0], file_format, **options), MANY_PIXELS).getpixel((4, 4)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("name", MODES)

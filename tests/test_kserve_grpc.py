@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from tests.conftest import grpc_call
-from tests.pictures import CAT
-from tests.servers import Server, running
-from tests.test_grpc import image_request, tensor_request
+from tests.support.clients import call_grpc, make_image_request, make_tensor_request
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_server
 
 MODEL = "custom-model"
 NO_MODEL = "Model with name nope does not exist."
@@ -93,10 +92,10 @@ class Row:
     def check(self, channel: grpc.Channel, google: ModuleType) -> None:
         request = self.request(google)
         if callable(self.answer):
-            assert self.answer(grpc_call(channel, google, self.method, request))
+            assert self.answer(call_grpc(channel, google, self.method, request))
             return
         with pytest.raises(grpc.RpcError) as error:
-            grpc_call(channel, google, self.method, request)
+            call_grpc(channel, google, self.method, request)
         code, details = self.answer
         assert error.value.code().name == code
         assert (error.value.details() or "").startswith(details)
@@ -114,25 +113,25 @@ def raw_bytes(google: ModuleType, *raw: bytes) -> Any:
 
 
 def with_contents_too(google: ModuleType) -> Any:
-    request = image_request(google, CAT)
+    request = make_image_request(google, CAT)
     request.raw_input_contents.append(b"")
     return request
 
 
 def with_parameter(google: ModuleType) -> Any:
-    request = image_request(google, CAT)
+    request = make_image_request(google, CAT)
     request.parameters["a"].string_param = "b"
     return request
 
 
 def with_datatype(google: ModuleType, datatype: str) -> Any:
-    request = image_request(google, CAT)
+    request = make_image_request(google, CAT)
     request.inputs[0].datatype = datatype
     return request
 
 
 def with_output(google: ModuleType, name: str) -> Any:
-    request = image_request(google, CAT)
+    request = make_image_request(google, CAT)
     request.outputs.add(name=name)
     return request
 
@@ -158,12 +157,12 @@ SEMANTICS = [
         lambda g: g.ModelMetadataRequest(name=MODEL),
         lambda r: (r.inputs[0].datatype, list(r.outputs[0].shape), list(r.versions)) == ("BYTES", [-1, 5], []),
     ),
-    infer("typed in, typed out", lambda g: image_request(g, CAT), typed),
+    infer("typed in, typed out", lambda g: make_image_request(g, CAT), typed),
     infer("raw in, raw out", lambda g: raw_bytes(g, struct.pack("<I", len(CAT)) + CAT), raw, "no raw BYTES in KServe"),
-    infer("id echoed", lambda g: image_request(g, CAT, id="abc"), lambda r: r.id == "abc"),
-    infer("id empty", lambda g: image_request(g, CAT), lambda r: len(r.id) == 36),
-    infer("model_name echoed", lambda g: image_request(g, CAT), lambda r: r.model_name == MODEL),
-    infer("model_version ignored", lambda g: image_request(g, CAT, model_version="7"), typed),
+    infer("id echoed", lambda g: make_image_request(g, CAT, id="abc"), lambda r: r.id == "abc"),
+    infer("id empty", lambda g: make_image_request(g, CAT), lambda r: len(r.id) == 36),
+    infer("model_name echoed", lambda g: make_image_request(g, CAT), lambda r: r.model_name == MODEL),
+    infer("model_version ignored", lambda g: make_image_request(g, CAT, model_version="7"), typed),
     infer("parameters not echoed", with_parameter, lambda r: not r.parameters),
     infer(
         "outputs requested",
@@ -204,10 +203,10 @@ SEMANTICS = [
 ]
 
 SHAPES = [
-    infer("e2e: shape [], typed BYTES", lambda g: image_request(g, CAT, shape=[]), typed),
-    infer("the tutorial's client: shape [1]", lambda g: image_request(g, CAT, shape=[1]), typed),
-    infer("ImageTransformer: raw FP32 of two rows", lambda g: tensor_request(g, PIXELS, raw=True), raw),
-    infer("typed FP32", lambda g: tensor_request(g, PIXELS[:1], raw=False), typed),
+    infer("e2e: shape [], typed BYTES", lambda g: make_image_request(g, CAT, shape=[]), typed),
+    infer("the tutorial's client: shape [1]", lambda g: make_image_request(g, CAT, shape=[1]), typed),
+    infer("ImageTransformer: raw FP32 of two rows", lambda g: make_tensor_request(g, PIXELS, raw=True), raw),
+    infer("typed FP32", lambda g: make_tensor_request(g, PIXELS[:1], raw=False), typed),
 ]
 
 HID = "INTERNAL in KServe, which hides what the client did wrong"
@@ -228,11 +227,14 @@ ERRORS = [
         "KServe's own are broken: INTERNAL even where they succeed",
     ),
     infer(
-        "bad image", lambda g: image_request(g, b"hello"), ("INVALID_ARGUMENT", "input 'input-0', row 0: neither"), HID
+        "bad image",
+        lambda g: make_image_request(g, b"hello"),
+        ("INVALID_ARGUMENT", "input 'input-0', row 0: neither"),
+        HID,
     ),
     infer(
         "wrong shape",
-        lambda g: tensor_request(g, PIXELS[:, :1], raw=True),
+        lambda g: make_tensor_request(g, PIXELS[:, :1], raw=True),
         ("INVALID_ARGUMENT", "input 'INPUT__0' is FP32 of shape [2, 1, 224, 224]"),
         HID,
     ),
@@ -244,7 +246,7 @@ ERRORS = [
     ),
     infer(
         "over the receive limit",
-        lambda g: image_request(g, bytes(8 * 2**20)),
+        lambda g: make_image_request(g, bytes(8 * 2**20)),
         ("RESOURCE_EXHAUSTED", "SERVER: Received message larger than max (83886"),
     ),
 ]
@@ -267,7 +269,7 @@ def test_error(row: Row, channel: grpc.Channel, google: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def failing() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         yield server
 
 
@@ -283,18 +285,18 @@ def failing() -> Iterator[Server]:
 def test_error_of_the_handler(raised: str, code: str, details: str, failing: Server, google: ModuleType) -> None:
     """NotImplementedError and ModelNotReady are UNKNOWN in KServe, by a bug of its interceptor."""
     with grpc.insecure_channel(failing.grpc_address) as channel:
-        infer("", lambda g: image_request(g, raised.encode()), (code, details)).check(channel, google)
+        infer("", lambda g: make_image_request(g, raised.encode()), (code, details)).check(channel, google)
 
 
 def test_model_not_ready(google: ModuleType) -> None:
     """KServe loads it on the event loop and runs it; its ServerReady is always true."""
-    with running("--predictor=tests.predictors:Echo", "--enable_model_repository=true") as server:
+    with run_server("--predictor=tests.support.predictors:Echo", "--enable_model_repository=true") as server:
         server.post(f"/v2/repository/models/{MODEL}/unload", "")
         with grpc.insecure_channel(server.grpc_address) as channel:
             not_ready = ("UNAVAILABLE", f"Model with name {MODEL} is not ready.")
-            infer("", lambda g: image_request(g, CAT), not_ready).check(channel, google)
-            assert not grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name=MODEL)).ready
-            assert not grpc_call(channel, google, "ServerReady", google.ServerReadyRequest()).ready
+            infer("", lambda g: make_image_request(g, CAT), not_ready).check(channel, google)
+            assert not call_grpc(channel, google, "ModelReady", google.ModelReadyRequest(name=MODEL)).ready
+            assert not call_grpc(channel, google, "ServerReady", google.ServerReadyRequest()).ready
 
 
 @pytest.mark.parametrize(
@@ -326,7 +328,7 @@ def test_no_metadata_comes_back(channel: grpc.Channel, google: ModuleType) -> No
         "/inference.GRPCInferenceService/ModelInfer", request_serializer=lambda message: message.SerializeToString()
     )
 
-    _, done = call.with_call(image_request(google, CAT), timeout=60, metadata=(("request_type", "grpc_v2"),))
+    _, done = call.with_call(make_image_request(google, CAT), timeout=60, metadata=(("request_type", "grpc_v2"),))
 
     assert not [key for key, _ in done.trailing_metadata() or ()]
     assert "prediction-time-latency" not in dict(done.initial_metadata() or ())
@@ -338,4 +340,4 @@ def test_an_empty_authority_is_answered_as_the_tutorials_client_sends_it(
 ) -> None:
     options = [("grpc.ssl_target_name_override", "")]
     with grpc.insecure_channel(f"127.0.0.1:{getattr(server, port)}", options) as channel:
-        assert typed(grpc_call(channel, google, "ModelInfer", image_request(google, CAT)))
+        assert typed(call_grpc(channel, google, "ModelInfer", make_image_request(google, CAT)))

@@ -14,8 +14,9 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, read_until, running
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT
+from tests.support.servers import Server, read_until, run_server
 
 MODEL = "custom-model"
 PREDICT, INFER = f"POST /v1/models/{MODEL}:predict", f"POST /v2/models/{MODEL}/infer"
@@ -116,7 +117,7 @@ ROUTES = [
     Row("GET /openapi.json", "GET /openapi.json", lambda r: r.json()["openapi"].startswith("3.")),
     Row("GET /v1/models", "GET /v1/models", {"models": [MODEL]}),
     Row("GET /v1/models/{m}", f"GET /v1/models/{MODEL}", {"name": MODEL, "ready": True}),
-    Row("POST :predict", PREDICT, one_row, body=v1_request(CAT)),
+    Row("POST :predict", PREDICT, one_row, body=make_v1_request(CAT)),
     Row(
         "POST :explain", PREDICT.replace("predict", "explain"), {"error": "Could not find explainer_host."}, 501, v1(1)
     ),
@@ -163,24 +164,24 @@ PREDICTIONS = [
             f"type {kind or 'absent'}",
             PREDICT,
             one_row,
-            body=v1_request(CAT),
+            body=make_v1_request(CAT),
             headers={"content-type": kind} if kind else {},
         )
         for kind in ("", "application/json", "application/ld+json", "application/octet-stream")
     ),
     *(
-        Row(f"type {kind}", PREDICT, one_row, 200, v1_request(CAT), {"content-type": kind}, ONLY_EXACT)
+        Row(f"type {kind}", PREDICT, one_row, 200, make_v1_request(CAT), {"content-type": kind}, ONLY_EXACT)
         for kind in ("application/json; charset=utf-8", "application/x-www-form-urlencoded", "text/plain")
     ),
     Row("type image/*", PREDICT, one_row, 200, CAT, {"content-type": "image/png"}, "an extension: one encoded image"),
     Row("inputs for instances", PREDICT, one_row, body={"inputs": [{"image": {"b64": B64}}]}),
     Row("a transformer's tensor", PREDICT, one_row, body={"instances": [{"data": PIXELS[0].tolist()}]}),
-    Row("the encoded colon", f"POST /v1/models/{MODEL}%3Apredict", one_row, body=v1_request(CAT)),
+    Row("the encoded colon", f"POST /v1/models/{MODEL}%3Apredict", one_row, body=make_v1_request(CAT)),
     Row(
         "the predictor's header",
         PREDICT,
         lambda r: re.fullmatch(r"\d+\.\d{1,9}", r.headers["prediction-time-latency"]) is not None,
-        body=v1_request(CAT),
+        body=make_v1_request(CAT),
     ),
 ]
 
@@ -422,13 +423,13 @@ BINARY = [
 
 @pytest.fixture(scope="module")
 def failing() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def unloaded() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Echo", "--enable_model_repository=true") as server:
+    with run_server("--predictor=tests.support.predictors:Echo", "--enable_model_repository=true") as server:
         server.post(f"/v2/repository/models/{MODEL}/unload", "")
         yield server
 
@@ -477,7 +478,7 @@ def test_v2_binary(row: Row, kind: str, server: Server) -> None:
 
 @pytest.mark.parametrize("call", ["GET /v1/models", PREDICT, INFER, "GET /v2/models/nope"])
 def test_json_is_compact_has_its_length_and_no_charset(call: str, server: Server) -> None:
-    body = v1_request(CAT) if call == PREDICT else v2() if call == INFER else None
+    body = make_v1_request(CAT) if call == PREDICT else v2() if call == INFER else None
 
     response = Row("", call, "", body=body).ask(server)
 

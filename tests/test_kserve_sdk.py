@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.pictures import CAT, TUTORIAL_REQUEST, v1_request
-from tests.servers import PROJECT, Server
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT, TUTORIAL_REQUEST
+from tests.support.servers import PROJECT, Server
 
 SDK_PYTHON = PROJECT / ".venv-kserve/bin/python"
 
@@ -21,7 +22,7 @@ def request_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if TUTORIAL_REQUEST.exists():
         return TUTORIAL_REQUEST
     file = tmp_path_factory.mktemp("request") / "input.json"
-    file.write_text(v1_request(CAT))
+    file.write_text(make_v1_request(CAT))
     return file
 
 
@@ -32,7 +33,7 @@ def answers(server: Server, request_file: Path) -> Any:
         pytest.skip("KServe's SDK is not installed in .venv-kserve: `make test` does it")
     addresses = f"{server.grpc_address},127.0.0.1:{server.http_port}"
     done = subprocess.run(
-        [SDK_PYTHON, "tests/kserve_sdk/ask.py", server.url, addresses, str(request_file)],
+        [SDK_PYTHON, "tests/kserve_sdk/call_server.py", server.url, addresses, str(request_file)],
         cwd=PROJECT,
         capture_output=True,
         text=True,

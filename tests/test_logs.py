@@ -15,10 +15,10 @@ import grpc
 import pytest
 import yaml
 
-from tests.conftest import grpc_call
-from tests.servers import Server, running, start_failing
+from tests.support.clients import call_grpc
+from tests.support.servers import Server, expect_start_failure, run_server
 
-ECHO = "--predictor=tests.predictors:Echo"
+ECHO = "--predictor=tests.support.predictors:Echo"
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
 PAYLOAD = "c2VjcmV0IHBheWxvYWQ"
 
@@ -85,7 +85,7 @@ def output(
     """Lines of standard output and standard error of a server that was asked something."""
     with (
         (tmp_path / "stdout").open("w") as file,
-        running(ECHO, *flags, environment={**os.environ, **environment}, stdout=file) as server,
+        run_server(ECHO, *flags, environment={**os.environ, **environment}, stdout=file) as server,
     ):
         ask(server)
         assert server.stop() == 0
@@ -99,9 +99,9 @@ def ask_both(google: ModuleType) -> Callable[[Server], None]:
         server.post("/v1/models/custom-model:predict?a=b%0Ac", json.dumps({"instances": [{"x": {"b64": PAYLOAD}}]}))
         for port in (server.grpc_port, server.http_port):
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                grpc_call(channel, google, "ServerLive", google.ServerLiveRequest())
+                call_grpc(channel, google, "ServerLive", google.ServerLiveRequest())
                 with pytest.raises(grpc.RpcError):
-                    grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name="nope"))
+                    call_grpc(channel, google, "ModelReady", google.ModelReadyRequest(name="nope"))
 
     return ask
 
@@ -167,7 +167,11 @@ TUTORIALS_CONFIGURATION["formatters"]["uvicorn"] |= {"()": "uvicorn.logging.Defa
 def test_the_tutorials_configuration_gives_its_formats(form: str, tmp_path: Path) -> None:
     file = tmp_path / f"logging.{form}"
     file.write_text((yaml.safe_dump if form == "yaml" else json.dumps)(TUTORIALS_CONFIGURATION))
-    flag = f"--log_config_file={file}" if form != "dictionary" else "--predictor=tests.predictors:ConfiguresLogging"
+    flag = (
+        f"--log_config_file={file}"
+        if form != "dictionary"
+        else "--predictor=tests.support.predictors:ConfiguresLogging"
+    )
 
     def ask(server: Server) -> None:
         server.predict('{"instances": [1]}')
@@ -263,7 +267,7 @@ def test_json_has_one_object_a_line(tmp_path: Path, google: ModuleType) -> None:
 
 def test_json_keeps_an_exception_on_its_line(tmp_path: Path) -> None:
     body = json.dumps({"instances": ["RuntimeError"]})
-    with running("--predictor=tests.predictors:Failing", "--log_format=json") as server:
+    with run_server("--predictor=tests.support.predictors:Failing", "--log_format=json") as server:
         server.predict(body)
         server.stop()
 
@@ -319,7 +323,7 @@ def test_a_request_id_comes_back_on_every_answer_and_on_its_log_lines(tmp_path: 
 
 
 def test_a_failure_is_logged_with_its_request_id() -> None:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         server.predict(json.dumps({"instances": ["RuntimeError"]}), x_request_id="mine")
         server.stop()
 
@@ -330,7 +334,7 @@ def test_the_level_is_kserves_variable(tmp_path: Path) -> None:
     _, quiet = output(tmp_path, lambda server: server.get("/"))
     assert [line for line in quiet if "stopped" in line]
 
-    code, lines = start_failing(ECHO, "--http_port=0", environment={**os.environ, "KSERVE_LOGLEVEL": "loud"})
+    code, lines = expect_start_failure(ECHO, "--http_port=0", environment={**os.environ, "KSERVE_LOGLEVEL": "loud"})
     assert code == 2
     assert lines == ["app.py: KSERVE_LOGLEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not LOUD"]
 
@@ -351,7 +355,7 @@ def test_a_configuration_that_cannot_be_used_stops_the_start_with_one_line(
     if text is not None:
         (tmp_path / name).write_text(text)
 
-    code, lines = start_failing(ECHO, f"--log_config_file={tmp_path / name}")
+    code, lines = expect_start_failure(ECHO, f"--log_config_file={tmp_path / name}")
 
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith(f"app.py: --log_config_file={tmp_path / name} cannot be used: ")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.servers import PROJECT
+from tests.support.servers import PROJECT
 
 THREADS_AT_WORK = """
 import ctypes, sys, threading

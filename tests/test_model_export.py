@@ -26,8 +26,8 @@ from pinnace.predictor import Request
 from pinnace.runtimes.onnx import OnnxSession
 from pinnace.settings import Settings
 from pinnace.tensors import tensor_of_values
-from tests.pictures import CAT, PHOTOGRAPHS, TUTORIAL_REQUEST
-from tests.servers import PROJECT
+from tests.support.pictures import CAT, PHOTOGRAPHS, TUTORIAL_REQUEST
+from tests.support.servers import PROJECT
 
 TUTORIAL_LOGITS = [14.976, 14.037, 13.966, 12.252, 12.086]
 

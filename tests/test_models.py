@@ -13,11 +13,10 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.conftest import grpc_call
-from tests.pictures import PHOTOGRAPHS, v1_request
-from tests.servers import Server, running, start_failing
-from tests.test_grpc import image_request
-from tests.test_metrics import metrics, value, wait_for
+from tests.support.clients import call_grpc, make_image_request, make_v1_request
+from tests.support.metrics import metric_value, read_metrics, wait_for_metric
+from tests.support.pictures import PHOTOGRAPHS
+from tests.support.servers import Server, expect_start_failure, run_server
 
 RUN = {"pinnace_batches_total", "pinnace_batch_rows_count"}
 PICTURE = next(iter(PHOTOGRAPHS.values()))
@@ -34,7 +33,7 @@ def several(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A classifier, a model without a directory, and one whose directory is empty."""
     empty = tmp_path_factory.mktemp("empty")
     models = f"--model=pictures={model_dir},echo=,broken={empty}"
-    with running(models, "--predictor=echo=tests.predictors:Echo") as server:
+    with run_server(models, "--predictor=echo=tests.support.predictors:Echo") as server:
         yield server
 
 
@@ -43,7 +42,7 @@ def one_busy(gate: Callable[[str], Path], *flags: str) -> Iterator[Server]:
     """Two models, of which the one called slow is in a run."""
     held = gate("held")
     with (
-        running("--model=slow=,quick=", "--predictor=tests.predictors:BatchSize", *flags) as server,
+        run_server("--model=slow=,quick=", "--predictor=tests.support.predictors:BatchSize", *flags) as server,
         ThreadPoolExecutor(1) as client,
     ):
         first = client.submit(predictions, server, "slow", str(held))
@@ -55,13 +54,13 @@ def one_busy(gate: Callable[[str], Path], *flags: str) -> Iterator[Server]:
 def test_each_model_answers_by_its_name_over_every_protocol(
     several: Server, server: Server, google: ModuleType
 ) -> None:
-    alone = server.predict(v1_request(PICTURE)).json()["predictions"]
+    alone = server.predict(make_v1_request(PICTURE)).json()["predictions"]
     with grpc.insecure_channel(several.grpc_address) as channel:
-        request = image_request(google, PICTURE, model_name="pictures")
-        row = grpc_call(channel, google, "ModelInfer", request).outputs[0].contents.fp32_contents
+        request = make_image_request(google, PICTURE, model_name="pictures")
+        row = call_grpc(channel, google, "ModelInfer", request).outputs[0].contents.fp32_contents
 
     assert several.get("/v2/models").json() == {"models": ["pictures", "echo", "broken"]}
-    assert several.post("/v1/models/pictures:predict", v1_request(PICTURE)).json()["predictions"] == alone == [row]
+    assert several.post("/v1/models/pictures:predict", make_v1_request(PICTURE)).json()["predictions"] == alone == [row]
     assert predictions(several, "echo", "a", "b") == ["a", "b"]
     assert predictions(several, "custom-model", "a") == 404
 
@@ -72,7 +71,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others_serving_and_is_not_read
     assert ready == {"pictures": 200, "echo": 200, "broken": 503}
     assert several.get("/v2/health/ready").status_code == 200
     assert predictions(several, "broken", "a") == 503
-    assert value(several, "pinnace_model_ready", model_name="broken") == 0
+    assert metric_value(several, "pinnace_model_ready", model_name="broken") == 0
     assert any("broken is NOT SERVED, the others are: " in line and "exactly one .onnx" in line for line in several.log)
 
 
@@ -84,20 +83,20 @@ def test_each_model_describes_itself(several: Server) -> None:
 
 
 def test_the_metrics_tell_models_apart(several: Server) -> None:
-    before = value(several, "pinnace_batch_rows_sum", model_name="echo")
+    before = metric_value(several, "pinnace_batch_rows_sum", model_name="echo")
     predictions(several, "echo", "a", "b", "c")
 
-    assert value(several, "pinnace_batch_rows_sum", model_name="echo") - before == 3
-    assert value(several, "pinnace_model_info", model_name="pictures", platform="onnxruntime_onnx") == 1
+    assert metric_value(several, "pinnace_batch_rows_sum", model_name="echo") - before == 3
+    assert metric_value(several, "pinnace_model_info", model_name="pictures", platform="onnxruntime_onnx") == 1
 
 
 def test_a_directory_of_directories_is_a_model_for_each_that_holds_one(model_dir: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).symlink_to(model_dir)
     (tmp_path / "notes").mkdir()
-    with running(f"--model_dir={tmp_path}") as server:
+    with run_server(f"--model_dir={tmp_path}") as server:
         assert server.get("/v1/models").json() == {"models": ["first", "second"]}
-        assert len({json.dumps(server.post(f"/v1/models/{name}:predict", v1_request(PICTURE)).json())
+        assert len({json.dumps(server.post(f"/v1/models/{name}:predict", make_v1_request(PICTURE)).json())
                     for name in ("first", "second")}) == 1  # fmt: skip
 
 
@@ -114,16 +113,18 @@ def test_a_model_at_its_limit_of_requests_leaves_the_others_theirs(gate: Callabl
 
 def test_runs_that_take_every_core_take_turns(gate: Callable[[str], Path]) -> None:
     held, decoding = gate("held"), gate("decoding")
-    models = ("--model=slow=,quick=", "--predictor=tests.predictors:EveryCore")
-    with running(*models) as server, ThreadPoolExecutor(2) as clients:
+    models = ("--model=slow=,quick=", "--predictor=tests.support.predictors:AllCores")
+    with run_server(*models) as server, ThreadPoolExecutor(2) as clients:
         quick = clients.submit(predictions, server, "quick", f"@{decoding}")
         with decoding.open("wb"):
             slow = clients.submit(predictions, server, "slow", str(held))
             run = held.open("wb")
         with run:
-            wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 2, server)
+            wait_for_metric(server, "pinnace_requests_queued_or_running", 2)
             for _ in range(20):
-                assert {name for name, labels in metrics(server) if ("model_name", "quick") in labels}.isdisjoint(RUN)
+                assert {name for name, labels in read_metrics(server) if ("model_name", "quick") in labels}.isdisjoint(
+                    RUN
+                )
         assert (quick.result(), slow.result()) == ([1], [1])
 
 
@@ -133,11 +134,15 @@ def test_runs_that_take_every_core_take_turns(gate: Callable[[str], Path]) -> No
         (["--model=a=/no/such/folder,b=/nor/this"], 4, "app.py: /no/such/folder, where a should be, does not exist"),
         (["--model=a=,a="], 2, "app.py: --model names a twice"),
         (["--model=a"], 2, "app.py: --model must be NAME=DIR, the name without slash, colon or blank, not a"),
-        (["--model=a=", "--predictor=b=tests.predictors:Echo"], 2, "app.py: --predictor names b, which is no model: "),
+        (
+            ["--model=a=", "--predictor=b=tests.support.predictors:Echo"],
+            2,
+            "app.py: --predictor names b, which is no model: ",
+        ),
     ],
 )
 def test_a_start_with_no_model_left_ends_with_its_code_and_one_line(flags: list[str], code: int, problem: str) -> None:
-    ended, lines = start_failing("--http_port=0", "--grpc_port=0", *flags)
+    ended, lines = expect_start_failure("--http_port=0", "--grpc_port=0", *flags)
 
     assert (ended, len(lines)) == (code, 1)
     assert lines[0].startswith(problem)

@@ -20,8 +20,9 @@ from pinnace.predictor import Request
 from pinnace.runtimes.onnx import OnnxSession
 from pinnace.settings import Settings
 from pinnace.tensors import tensor_of_values
-from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
-from tests.servers import running
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT, MODES, PHOTOGRAPHS
+from tests.support.servers import run_server
 
 MB = 1_000_000
 
@@ -86,9 +87,9 @@ def test_a_smaller_model_says_how_far_from_fp32_it_is(
 
 def test_an_int8_answer_is_the_same_to_the_bit_in_any_company(in_precision: Callable[[str], Path]) -> None:
     pictures = list(PHOTOGRAPHS.values())
-    with running(f"--model_dir={in_precision('int8')}") as server:
-        together = server.predict(v1_request(*pictures)).json()["predictions"]
-        alone = [server.predict(v1_request(picture)).json()["predictions"][0] for picture in pictures]
+    with run_server(f"--model_dir={in_precision('int8')}") as server:
+        together = server.predict(make_v1_request(*pictures)).json()["predictions"]
+        alone = [server.predict(make_v1_request(picture)).json()["predictions"][0] for picture in pictures]
 
     assert together == alone
 

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from tests.marks import needs_ray
-from tests.pictures import PHOTOGRAPHS, v1_request
-from tests.servers import PROJECT, Server
+from tests.support.clients import make_v1_request
+from tests.support.pictures import PHOTOGRAPHS
+from tests.support.servers import PROJECT, Server
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 CONFIGURATION = PROJECT / "deploy/ray/serve.yaml"
@@ -57,7 +58,7 @@ def is_ready(client: httpx.Client) -> bool:
 
 @needs_ray
 def test_rays_proxy_answers_as_the_server_does(proxy: httpx.Client, server: Server) -> None:
-    bodies = [v1_request(PICTURE), v1_request(b"\xff\xd8\xff"), "{"]
+    bodies = [make_v1_request(PICTURE), make_v1_request(b"\xff\xd8\xff"), "{"]
     there = [proxy.post("/v1/models/custom-model:predict", content=body) for body in bodies]
     here = [server.predict(body) for body in bodies]
 

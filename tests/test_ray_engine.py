@@ -22,12 +22,12 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import grpc_call
 from tests.marks import needs_ray
-from tests.pictures import PHOTOGRAPHS, v1_request
-from tests.servers import PROJECT, Server, is_alive, running, start_failing, wait_for
-from tests.test_grpc import image_request, tensor_request
-from tests.test_metrics import value
+from tests.support.clients import call_grpc, make_image_request, make_tensor_request, make_v1_request
+from tests.support.metrics import metric_value
+from tests.support.pictures import PHOTOGRAPHS
+from tests.support.servers import PROJECT, Server, expect_start_failure, is_alive, run_server
+from tests.support.waiting import wait_for
 
 RAY = ("--engine=ray", '--ray_actor_options={"num_cpus": 0.5}')
 BACK_SECONDS = 30
@@ -56,7 +56,7 @@ def is_below(process: int, ancestor: int) -> bool:
 def on_ray(model_dir: Path) -> Iterator[Server]:
     """Two replicas of one model, and another model beside it."""
     models = f"--model=custom-model={model_dir},failing="
-    with running(*RAY, "--num_replicas=2", models, "--predictor=failing=tests.predictors:Failing") as server:
+    with run_server(*RAY, "--num_replicas=2", models, "--predictor=failing=tests.support.predictors:Failing") as server:
         yield server
         assert server.stop() == 0
 
@@ -70,10 +70,10 @@ def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
         grpc.insecure_channel(on_ray.grpc_address) as there,
         grpc.insecure_channel(server.grpc_address) as here,
     ):
-        for request in (image_request(google, *PICTURES, id="1"), tensor_request(google, pixels, raw=True)):
+        for request in (make_image_request(google, *PICTURES, id="1"), make_tensor_request(google, pixels, raw=True)):
             request.id = "1"
-            assert grpc_call(there, google, "ModelInfer", request) == grpc_call(here, google, "ModelInfer", request)
-    classified = json.dumps({"signature_name": "classification", **json.loads(v1_request(PICTURES[0]))})
+            assert call_grpc(there, google, "ModelInfer", request) == call_grpc(here, google, "ModelInfer", request)
+    classified = json.dumps({"signature_name": "classification", **json.loads(make_v1_request(PICTURES[0]))})
     outputs = [{"name": name} for name in ("logits", "labels", "probabilities", "indices")]
     v2 = json.dumps(
         {
@@ -85,7 +85,7 @@ def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
         }
     )
     for path, body in (
-        ("/v1/models/custom-model:predict", v1_request(*PICTURES)),
+        ("/v1/models/custom-model:predict", make_v1_request(*PICTURES)),
         ("/v1/models/custom-model:predict", classified),
         ("/v2/models/custom-model/infer", v2),
     ):
@@ -95,7 +95,7 @@ def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
 
 @needs_ray
 def test_errors_are_those_of_the_local_engine(on_ray: Server, server: Server) -> None:
-    for body in (v1_request(b"\xff\xd8\xff"), "{", '{"instances": []}', '{"instances": [1]}'):
+    for body in (make_v1_request(b"\xff\xd8\xff"), "{", '{"instances": []}', '{"instances": [1]}'):
         there, here = on_ray.predict(body), server.predict(body)
         assert (there.status_code, there.json()) == (here.status_code, here.json())
 
@@ -111,28 +111,28 @@ def test_what_nobody_foresaw_is_told_to_the_log_and_not_to_the_client(on_ray: Se
 
 @needs_ray
 def test_headers_ids_and_metrics_are_those_of_the_server(on_ray: Server) -> None:
-    before = value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model")
-    answer = on_ray.predict(v1_request(*PICTURES[:3]), x_request_id="one of ours")
+    before = metric_value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model")
+    answer = on_ray.predict(make_v1_request(*PICTURES[:3]), x_request_id="one of ours")
 
     assert answer.headers["x-request-id"] == "one of ours"
     assert 0 < float(answer.headers["prediction-time-latency"]) < 60_000
-    assert value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model") - before == 3
-    assert value(on_ray, "request_predict_seconds_count", model_name="custom-model") > 0
+    assert metric_value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model") - before == 3
+    assert metric_value(on_ray, "request_predict_seconds_count", model_name="custom-model") > 0
 
 
 @needs_ray
 def test_a_replica_that_is_killed_under_load_costs_no_answer_and_comes_back(on_ray: Server) -> None:
-    alone = on_ray.predict(v1_request(PICTURES[0])).json()
+    alone = on_ray.predict(make_v1_request(PICTURES[0])).json()
     first = replicas(on_ray.process)
     assert len(first) == 2
 
     def answers(client: httpx.Client) -> list[Any]:
         url = f"{on_ray.url}/v1/models/custom-model:predict"
-        return [client.post(url, content=v1_request(PICTURES[0])).json() for _ in range(25)]
+        return [client.post(url, content=make_v1_request(PICTURES[0])).json() for _ in range(25)]
 
     with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as clients:
         given = [clients.submit(answers, client) for _ in range(8)]
-        wait_for(lambda: value(on_ray, "pinnace_requests_queued_or_running") > 1)
+        wait_for(lambda: metric_value(on_ray, "pinnace_requests_queued_or_running") > 1, "two requests in flight")
         killed_at = time.monotonic()
         os.kill(min(first), signal.SIGKILL)
         assert [answer for answered in given for answer in answered.result()] == [alone] * 200
@@ -155,7 +155,7 @@ def test_a_model_that_has_lost_every_replica_answers_again_by_itself(on_ray: Ser
 
 @needs_ray
 def test_a_request_that_its_replicas_die_of_is_refused_and_the_model_comes_back() -> None:
-    with running(*RAY, "--num_replicas=2", "--predictor=tests.predictors:Deadly") as server:
+    with run_server(*RAY, "--num_replicas=2", "--predictor=tests.support.predictors:KillsItself") as server:
         died_at = time.monotonic()
         refused = server.predict('{"instances": [0]}')
         assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
@@ -166,12 +166,12 @@ def test_a_request_that_its_replicas_die_of_is_refused_and_the_model_comes_back(
 @needs_ray
 def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Callable[[str], Path]) -> None:
     held = gate("held")
-    flags = ("--model=slow=,quick=", "--predictor=tests.predictors:BatchSize", "--max_ongoing_requests=1")
+    flags = ("--model=slow=,quick=", "--predictor=tests.support.predictors:BatchSize", "--max_ongoing_requests=1")
 
     def ask(model: str, instance: str) -> Any:
         return server.post(f"/v1/models/{model}:predict", json.dumps({"instances": [instance]})).json()
 
-    with running(*RAY, "--num_replicas=2", *flags) as server, ThreadPoolExecutor(1) as client:
+    with run_server(*RAY, "--num_replicas=2", *flags) as server, ThreadPoolExecutor(1) as client:
         slow = client.submit(ask, "slow", str(held))
         with held.open("wb"):
             assert ask("quick", "a") == {"predictions": [1]}
@@ -184,8 +184,11 @@ def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Calla
 def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str], Path], google: ModuleType) -> None:
     held = gate("held")
     scaled = '--autoscaling_config={"min_replicas": 1, "max_replicas": 1}'
-    late = image_request(google, b"late").SerializeToString()
-    with running(*RAY, scaled, "--predictor=tests.predictors:BatchSize") as server, ThreadPoolExecutor(1) as client:
+    late = make_image_request(google, b"late").SerializeToString()
+    with (
+        run_server(*RAY, scaled, "--predictor=tests.support.predictors:BatchSize") as server,
+        ThreadPoolExecutor(1) as client,
+    ):
         first = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
         with held.open("wb"), grpc.insecure_channel(server.grpc_address) as channel:
             call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
@@ -195,12 +198,12 @@ def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str]
                 assert server.predict('{"instances": []}').status_code == 400
         assert first.result().json() == {"predictions": [1]}
         assert server.predict('{"instances": ["a"]}').json() == {"predictions": [1]}
-        assert value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
+        assert metric_value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
 
 
 @needs_ray
 def test_a_model_is_unloaded_and_loaded_again() -> None:
-    with running(*RAY, "--enable_model_repository=true", "--predictor=tests.predictors:Echo") as server:
+    with run_server(*RAY, "--enable_model_repository=true", "--predictor=tests.support.predictors:Echo") as server:
         statuses = []
         for change in ("unload", "load"):
             assert server.post(f"/v2/repository/models/custom-model/{change}", "").status_code == 200
@@ -215,7 +218,7 @@ def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_i
 ) -> None:
     held = gate("held")
     with (
-        running(*RAY, "--predictor=tests.predictors:BatchSize") as server,
+        run_server(*RAY, "--predictor=tests.support.predictors:BatchSize") as server,
         ThreadPoolExecutor(1) as client,
     ):
         answer = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
@@ -230,7 +233,9 @@ def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_i
 
 @needs_ray
 def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_reason() -> None:
-    code, lines = start_failing(*RAY, "--predictor=tests.predictors:Unloadable", "--http_port=0", "--grpc_port=0")
+    code, lines = expect_start_failure(
+        *RAY, "--predictor=tests.support.predictors:FailingLoad", "--http_port=0", "--grpc_port=0"
+    )
 
     assert code == 10
     (line,) = [line for line in lines if line.startswith("app.py: ")]
@@ -243,7 +248,9 @@ def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_rea
     "flag", ['--ray_actor_options={"num_cpus": "many"}', '--autoscaling_config={"min_replicas": 3, "max_replicas": 2}']
 )
 def test_options_that_ray_refuses_end_the_start_with_one_line(flag: str) -> None:
-    code, lines = start_failing("--engine=ray", flag, "--predictor=tests.predictors:Echo", "--http_port=0")
+    code, lines = expect_start_failure(
+        "--engine=ray", flag, "--predictor=tests.support.predictors:Echo", "--http_port=0"
+    )
 
     assert code == 2
     assert lines[-1].startswith("app.py: --ray_actor_options or --autoscaling_config: ")
@@ -282,7 +289,7 @@ def ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], s
 
 @needs_ray
 def test_a_cluster_runs_each_model_on_a_node_and_goes_on_without_one_of_them() -> None:
-    flags = ("--engine=ray", "--model=one=,other=", "--predictor=tests.predictors:Echo")
+    flags = ("--engine=ray", "--model=one=,other=", "--predictor=tests.support.predictors:Echo")
 
     def ask(model: str) -> Any:
         return server.post(f"/v1/models/{model}:predict", '{"instances": ["a"]}').json()
@@ -292,7 +299,7 @@ def test_a_cluster_runs_each_model_on_a_node_and_goes_on_without_one_of_them() -
         (address,) = re.findall(r"--address='(.*)'", stack.enter_context(head)[1])
         nodes = [ray_node("Ray runtime started", f"--address={address}", "--num-cpus=1") for _ in range(2)]
         (first, _), (second, _) = map(stack.enter_context, nodes)
-        server = stack.enter_context(running(*flags, environment=os.environ | SECRET | {"RAY_ADDRESS": address}))
+        server = stack.enter_context(run_server(*flags, environment=os.environ | SECRET | {"RAY_ADDRESS": address}))
         assert [ask("one"), ask("other")] == [{"predictions": ["a"]}] * 2
         (lost,) = [model for model in ("one", "other") if replicas(first, model)]
         (kept,) = [model for model in ("one", "other") if replicas(second, model)]

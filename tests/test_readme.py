@@ -24,8 +24,8 @@ from pinnace.inference.repository import Repository
 from pinnace.observability.metrics import Metrics
 from pinnace.process.flags import default_text, environment_variable
 from pinnace.settings import GROUPS, Settings
-from tests.pictures import MODES
-from tests.servers import PROJECT, Server, running
+from tests.support.pictures import MODES
+from tests.support.servers import PROJECT, Server, run_server
 
 README = (PROJECT / "README.md").read_text()
 
@@ -121,7 +121,7 @@ def rounded(answer: Any) -> Any:
 def test_the_predictor_of_ones_own_answers_as_shown(iris: Path) -> None:
     flags = flags_in(iris, command(".venv/bin/python app.py --model_name=iris"))
 
-    with running(*flags, environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
+    with run_server(*flags, environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
         answer = json.loads(run(command("curl localhost:8080/v1/models/iris"), server))
         refused = server.post("/v1/models/iris:predict", '{"instances": [[1, 2]]}')
         assert server.get("/v2/models/iris").json()["inputs"] == [{"name": "X", "datatype": "FP32", "shape": [-1, 4]}]
@@ -140,7 +140,7 @@ def test_what_the_second_example_installs_is_what_it_is_tested_with() -> None:
 def test_several_models_are_served_by_one_process(model_dir: Path, iris: Path) -> None:
     line = command(".venv/bin/python app.py --model=pictures").replace("=model,", f"={model_dir},")
 
-    with running(*flags_in(iris, line), environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
+    with run_server(*flags_in(iris, line), environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
         assert server.get("/v2/models").json() == {"models": ["pictures", "iris"]}
         answer = json.loads(run(command("curl localhost:8080/v1/models/iris"), server))
         assert [row["label"] for row in answer["predictions"]] == [0, 2]

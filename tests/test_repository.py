@@ -16,12 +16,12 @@ import httpx
 import pytest
 
 from pinnace.inference.repository import MAX_PENDING_CHANGES
-from tests.conftest import grpc_call
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, gated, running
+from tests.support.clients import call_grpc, make_v1_request
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_gated_server, run_server
 
 ENABLED = "--enable_model_repository=true"
-FROM_FILE = "--predictor=tests.predictors:FromFile"
+FROM_FILE = "--predictor=tests.support.predictors:FromFile"
 MIB = 1024 * 1024
 FEW_OBJECTS = 10_000  # a server imports 50,000
 
@@ -59,7 +59,7 @@ class Client:
     def _call(self, method: str, **fields: Any) -> Any:
         try:
             with grpc.insecure_channel(self._server.grpc_address) as channel:
-                return grpc_call(channel, self._google, method, getattr(self._google, f"{method}Request")(**fields))
+                return call_grpc(channel, self._google, method, getattr(self._google, f"{method}Request")(**fields))
         except grpc.RpcError as error:
             return error.code().name, error.details()
 
@@ -71,7 +71,7 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def alexnet(model_dir: Path) -> Iterator[Server]:
-    with running(ENABLED, f"--model_dir={model_dir}") as server:
+    with run_server(ENABLED, f"--model_dir={model_dir}") as server:
         yield server
 
 
@@ -79,13 +79,15 @@ def alexnet(model_dir: Path) -> Iterator[Server]:
 def from_file(tmp_path: Path) -> Iterator[Server]:
     """A model that is the text of a file."""
     (tmp_path / "model").write_text("first")
-    with running(ENABLED, FROM_FILE, f"--model_dir={tmp_path}") as server:
+    with run_server(ENABLED, FROM_FILE, f"--model_dir={tmp_path}") as server:
         yield server
 
 
 @pytest.fixture
 def knotted(tmp_path: Path) -> Iterator[Server]:
-    with running(ENABLED, "--predictor=tests.predictors:Knotted", f"--model_dir={tmp_path}") as server:
+    with run_server(
+        ENABLED, "--predictor=tests.support.predictors:SelfReferencing", f"--model_dir={tmp_path}"
+    ) as server:
         yield server
 
 
@@ -119,17 +121,17 @@ def test_an_unloaded_model_is_not_ready_and_its_memory_is_free(
     protocol: str, alexnet: Server, google: ModuleType
 ) -> None:
     client = Client(alexnet, google, protocol)
-    before, held = alexnet.predict(v1_request(CAT)).json(), memory_bytes(alexnet)
+    before, held = alexnet.predict(make_v1_request(CAT)).json(), memory_bytes(alexnet)
 
     assert client.unload() == {"name": "custom-model", "unload": True}
     assert held - memory_bytes(alexnet) > 150 * MIB  # AlexNet has 244 MB of weights, copied for speed
     assert ready(alexnet) == (503, 503, 503)
-    refused = alexnet.predict(v1_request(CAT))
+    refused = alexnet.predict(make_v1_request(CAT))
     assert (refused.status_code, refused.json()) == (503, {"error": "Model with name custom-model is not ready."})
 
     assert client.load() == {"name": "custom-model", "load": True}
     assert ready(alexnet) == (200, 200, 200)
-    assert alexnet.predict(v1_request(CAT)).json() == before
+    assert alexnet.predict(make_v1_request(CAT)).json() == before
 
 
 def test_an_unloaded_model_is_freed_even_if_it_refers_to_itself(
@@ -157,9 +159,9 @@ def test_an_unloaded_model_is_unavailable_over_grpc(from_file: Server, google: M
 
     with grpc.insecure_channel(from_file.grpc_address) as channel:
         request = google.ModelReadyRequest(name="custom-model")
-        assert not grpc_call(channel, google, "ModelReady", request).ready
+        assert not call_grpc(channel, google, "ModelReady", request).ready
         with pytest.raises(grpc.RpcError) as error:
-            grpc_call(channel, google, "ModelInfer", google.ModelInferRequest(model_name="custom-model"))
+            call_grpc(channel, google, "ModelInfer", google.ModelInferRequest(model_name="custom-model"))
     assert (error.value.code().name, error.value.details()) == (
         "UNAVAILABLE",
         "Model with name custom-model is not ready.",
@@ -216,7 +218,7 @@ def test_a_request_under_way_is_answered_by_the_model_that_it_began_with(
     google: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
 ) -> None:
     held = gate("held")
-    with gated(tmp_path, ENABLED) as server, ThreadPoolExecutor() as clients:
+    with run_gated_server(tmp_path, ENABLED) as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(server.predict, '{"instances": ["held"]}')
         with held.open("wb"):
             Client(server, google, "REST").unload()
@@ -248,7 +250,7 @@ def test_the_server_answers_while_a_model_loads_and_the_load_outlives_its_client
 
 def test_a_load_that_never_ends_does_not_hold_up_the_end(tmp_path: Path, google: ModuleType) -> None:
     (tmp_path / "model").write_text("first")
-    with running(ENABLED, FROM_FILE, f"--model_dir={tmp_path}", "--grace_period_seconds=1") as server:
+    with run_server(ENABLED, FROM_FILE, f"--model_dir={tmp_path}", "--grace_period_seconds=1") as server:
         Client(server, google, "REST").unload()
         (tmp_path / "model").unlink()
         os.mkfifo(tmp_path / "model")

@@ -19,8 +19,8 @@ from pinnace.inference.dataplane import DataPlane
 from pinnace.inference.repository import Repository
 from pinnace.observability.metrics import Metrics
 from pinnace.settings import Settings
-from tests.browser import needs_browser, opened
-from tests.servers import Server, running
+from tests.support.browser import needs_browser, open_page
+from tests.support.servers import Server, run_server
 
 OPERATIONS = [
     (method, path)
@@ -32,7 +32,7 @@ OPERATIONS = [
 
 @pytest.fixture(scope="module")
 def documented(model_dir: Path) -> Iterator[Server]:
-    with running(f"--model_dir={model_dir}", "--enable_docs_url=true", "--enable_model_repository=true") as server:
+    with run_server(f"--model_dir={model_dir}", "--enable_docs_url=true", "--enable_model_repository=true") as server:
         yield server
 
 
@@ -92,7 +92,7 @@ def resolved(document: Any, node: Any) -> Any:
 
 @needs_browser
 def test_the_page_shows_the_api_and_lets_people_try_it_out_with_no_internet(documented: Server) -> None:
-    with opened(f"{documented.url}/docs") as (page, troubles):
+    with open_page(f"{documented.url}/docs") as (page, troubles):
         predict = page.locator(".opblock", has_text=":predict")
         predict.locator(".opblock-summary").click()
         predict.get_by_role("button", name="Try it out").click()

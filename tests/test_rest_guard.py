@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, read_until, running
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT
+from tests.support.servers import Server, read_until, run_server
 
 LIMIT = 8 * 1024 * 1024
 
@@ -91,7 +92,7 @@ def test_an_absurd_length_is_refused(length: bytes, server: Server) -> None:
 
 def test_bodies_that_nobody_reads_leave_no_connection_behind(server: Server) -> None:
     server.get("/")
-    before = server.descriptors()
+    before = server.count_descriptors()
 
     for _ in range(20):
         server.post("/v1/models/nope:predict", bytes(3_000_000))
@@ -108,7 +109,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(server: Serv
     with server.connect() as connection:
         connection.sendall(HALF_A_BODY)
 
-    assert server.predict(v1_request(CAT)).status_code == 200
+    assert server.predict(make_v1_request(CAT)).status_code == 200
     assert not [line for line in server.log[seen:] if re.search("ERROR|Traceback", line)]
 
 
@@ -123,7 +124,7 @@ def test_requests_that_come_in_a_row_are_answered_in_a_row(server: Server) -> No
 
 
 def test_a_body_that_comes_too_slowly_is_refused_and_its_connection_closed() -> None:
-    with running("--predictor=tests.predictors:Echo", "--read_timeout_seconds=1") as server:
+    with run_server("--predictor=tests.support.predictors:Echo", "--read_timeout_seconds=1") as server:
         with server.connect() as connection:
             connection.sendall(HALF_A_BODY)
             answer = read_until(connection, b'(1)"}')
@@ -138,9 +139,9 @@ def test_a_body_that_comes_too_slowly_is_refused_and_its_connection_closed() -> 
 def test_a_head_of_more_than_16_kib_is_431_before_anything_is_done(http2: bool, server: Server) -> None:
     with httpx.Client(base_url=server.url, http1=not http2, http2=http2, timeout=30) as client:
         path = "/v1/models/custom-model:predict"
-        large = client.post(path, content=v1_request(CAT), headers={"x-large": "a" * 17_000})
-        long = client.post(f"{path}?{'a' * 17_000}", content=v1_request(CAT))
-        roomy = client.post(path, content=v1_request(CAT), headers={"x-large": "a" * 15_000})
+        large = client.post(path, content=make_v1_request(CAT), headers={"x-large": "a" * 17_000})
+        long = client.post(f"{path}?{'a' * 17_000}", content=make_v1_request(CAT))
+        roomy = client.post(path, content=make_v1_request(CAT), headers={"x-large": "a" * 15_000})
 
     assert (large.status_code, long.status_code, roomy.status_code) == (431, 431, 200)
     assert large.json() == long.json() == {"error": "the request line and headers exceed 16384 bytes"}

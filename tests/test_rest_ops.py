@@ -8,7 +8,7 @@ import subprocess
 import httpx
 import pytest
 
-from tests.servers import Server, running
+from tests.support.servers import Server, run_server
 
 
 def test_the_metadata_of_a_seeded_model_warns(server: Server) -> None:
@@ -62,7 +62,7 @@ def test_without_the_flag_no_web_page_of_another_origin_may_call(server: Server)
 )
 def test_web_pages_of_the_allowed_origins_may_call(origins: str, origin: str, allowed: bool) -> None:
     asked = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "x-mine"}
-    with running("--predictor=tests.predictors:Echo", f"--cors_allow_origins={origins}") as server:
+    with run_server("--predictor=tests.support.predictors:Echo", f"--cors_allow_origins={origins}") as server:
         url = f"{server.url}/v1/models/custom-model:predict"
         preflight = httpx.options(url, headers=asked)
         answer = httpx.post(url, json={"instances": [1]}, headers={"origin": origin})

@@ -16,10 +16,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.browser import needs_browser, opened
-from tests.pictures import CAT, v1_request
-from tests.servers import PROJECT, Server, running
-from tests.test_metrics import ended, value, wait_for
+from tests.support.browser import needs_browser, open_page
+from tests.support.clients import make_v1_request
+from tests.support.metrics import requests_by_outcome, wait_for_metric
+from tests.support.pictures import CAT
+from tests.support.servers import PROJECT, Server, run_server
+from tests.support.waiting import wait_for
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 PHOTO = {"name": "cat's photo.png", "mimeType": "image/png", "buffer": CAT}
@@ -48,15 +50,15 @@ def found(page: Page) -> list[str]:
 
 
 def expected(server: Server) -> list[str]:
-    request = {**json.loads(v1_request(CAT)), "signature_name": "classification"}
+    request = {**json.loads(make_v1_request(CAT)), "signature_name": "classification"}
     (row,) = server.predict(json.dumps(request)).json()["predictions"]
     return [f"{one['label']} {100 * one['probability']:.1f} %" for one in row]
 
 
 @pytest.fixture(scope="module")
 def several(model_dir: Path) -> Iterator[Server]:
-    echo = "--predictor=words=tests.predictors:Echo"
-    with running(f"--model=pictures={model_dir},words=", echo, "--enable_grpc=false") as server:
+    echo = "--predictor=words=tests.support.predictors:Echo"
+    with run_server(f"--model=pictures={model_dir},words=", echo, "--enable_grpc=false") as server:
         yield server
 
 
@@ -70,14 +72,14 @@ def test_a_browser_gets_the_page_and_every_other_client_what_kserve_answers(serv
 
 
 def test_without_a_page_a_browser_gets_what_kserve_answers() -> None:
-    with running("--predictor=tests.predictors:Echo", "--enable_ui=false") as server:
+    with run_server("--predictor=tests.support.predictors:Echo", "--enable_ui=false") as server:
         assert httpx.get(server.url, headers=BROWSER).json() == {"status": "alive"}
 
 
 @needs_browser
 @pytest.mark.parametrize("kind", ["drop", "paste", "choose"])
 def test_a_picture_that_is_given_shows_its_five_classes_and_where_the_time_went(kind: str, server: Server) -> None:
-    with opened(server.url) as (page, troubles):
+    with open_page(server.url) as (page, troubles):
         expect(page.locator("#facts")).to_contain_text("architecture alexnet")
         give(page, kind)
 
@@ -92,18 +94,18 @@ def test_a_picture_that_is_given_shows_its_five_classes_and_where_the_time_went(
 def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, gate: Callable[[str], Path]) -> None:
     """The model is held, so that the first picture's answer comes after the file that is none."""
     held = gate("held")
-    flags = (f"--model=pictures={model_dir},slow=", "--predictor=slow=tests.predictors:EveryCore")
-    with running(*flags) as server, ThreadPoolExecutor() as clients, opened(server.url) as (page, _):
+    flags = (f"--model=pictures={model_dir},slow=", "--predictor=slow=tests.support.predictors:AllCores")
+    with run_server(*flags) as server, ThreadPoolExecutor() as clients, open_page(server.url) as (page, _):
         expect(page.locator("#facts")).to_contain_text("architecture alexnet")
         body = json.dumps({"instances": [str(held)]})
         busy = clients.submit(server.post, "/v1/models/slow:predict", body)
         with held.open("wb"):
             give(page, "drop")
-            wait_for(lambda: value(server, "pinnace_requests_in_flight") == 2, server)
+            wait_for_metric(server, "pinnace_requests_in_flight", 2)
             give(page, "drop", b"%PDF-1.7", "a.pdf", "application/pdf")
             expect(page.locator("#problem")).to_contain_text("a.pdf is no picture")
         assert busy.result().status_code == 200
-        wait_for(lambda: ended(server).get(("v1", "answered")) == 2, server)
+        wait_for(lambda: requests_by_outcome(server).get(("v1", "answered")) == 2, "two answered requests")
         expect(page.locator("#under-way")).to_have_text("0")
 
         assert page.locator("#problem").is_visible()
@@ -112,7 +114,7 @@ def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, gate: Call
 
 @needs_browser
 def test_untrained_weights_are_told_loudly(server: Server) -> None:
-    with opened(server.url) as (page, _):
+    with open_page(server.url) as (page, _):
         expect(page.get_by_role("alert")).to_have_text(
             "UNTRAINED WEIGHTS (seeded:0): the answers are meaningless, for tests and benchmarks only"
         )
@@ -133,7 +135,7 @@ def test_what_cannot_be_answered_is_told_without_asking(
 ) -> None:
     file = tmp_path / name
     file.write_bytes(b"%PDF-1.7\n" + bytes(size_bytes - 9))
-    with opened(server.url) as (page, troubles):
+    with open_page(server.url) as (page, troubles):
         expect(page.locator("#facts")).not_to_be_empty()
         page.set_input_files("#file", file)
 
@@ -144,7 +146,7 @@ def test_what_cannot_be_answered_is_told_without_asking(
 
 @needs_browser
 def test_what_the_server_refuses_is_told_in_its_words(server: Server) -> None:
-    with opened(server.url) as (page, _):
+    with open_page(server.url) as (page, _):
         expect(page.locator("#facts")).not_to_be_empty()
         give(page, "choose", CAT[:200])
 
@@ -155,7 +157,7 @@ def test_what_the_server_refuses_is_told_in_its_words(server: Server) -> None:
 @pytest.mark.parametrize("tab", ["curl", "Python, REST", "Python, gRPC"])
 def test_the_code_shown_gives_the_same_answer_as_it_stands(tab: str, server: Server, tmp_path: Path) -> None:
     (tmp_path / str(PHOTO["name"])).write_bytes(CAT)
-    with opened(server.url) as (page, _):
+    with open_page(server.url) as (page, _):
         expect(page.locator("#facts")).not_to_be_empty()
         page.set_input_files("#file", PHOTO)  # type: ignore[arg-type]
         labels = [row.rsplit(" ", 2)[0] for row in found(page)]
@@ -181,7 +183,7 @@ def test_the_code_shown_gives_the_same_answer_as_it_stands(tab: str, server: Ser
 
 @needs_browser
 def test_the_tabs_are_walked_by_arrow_keys(server: Server) -> None:
-    with opened(server.url) as (page, _):
+    with open_page(server.url) as (page, _):
         page.get_by_role("tab", name="curl").focus()
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("tab", name="Python, REST")).to_be_focused()
@@ -194,10 +196,10 @@ def test_the_tabs_are_walked_by_arrow_keys(server: Server) -> None:
 
 @needs_browser
 def test_the_page_counts_what_others_ask(server: Server) -> None:
-    with opened(server.url) as (page, troubles):
+    with open_page(server.url) as (page, troubles):
         expect(page.locator("#rate")).not_to_have_text("–")
         expect(page.locator("#state")).to_have_text("ready")
-        server.predict(v1_request(CAT))
+        server.predict(make_v1_request(CAT))
 
         expect(page.locator("#rate")).not_to_have_text("0.0")
         assert troubles == []
@@ -205,7 +207,7 @@ def test_the_page_counts_what_others_ask(server: Server) -> None:
 
 @needs_browser
 def test_of_several_models_each_is_asked_in_its_own_way(several: Server) -> None:
-    with opened(several.url) as (page, troubles):
+    with open_page(several.url) as (page, troubles):
         expect(page.get_by_role("tab", name="Python, gRPC")).to_be_hidden()
         page.get_by_label("Model", exact=True).select_option("words")
         page.get_by_label("The body of a V1 request").fill('{"instances": ["a", "b"]}')
@@ -224,7 +226,7 @@ def test_of_several_models_each_is_asked_in_its_own_way(several: Server) -> None
 def test_where_a_key_is_needed_the_page_asks_for_it(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("secret\n")
     flags = (f"--model_dir={model_dir}", f"--api_key_file={tmp_path / 'keys'}")
-    with running(*flags) as server, opened(server.url) as (page, _):
+    with run_server(*flags) as server, open_page(server.url) as (page, _):
         expect(page.locator("#problem")).to_have_text("Give the server's API key above.")
         page.get_by_label("This server wants an API key").fill("guess")
         page.keyboard.press("Enter")
@@ -243,7 +245,7 @@ def test_where_a_key_is_needed_the_page_asks_for_it(model_dir: Path, tmp_path: P
 @pytest.mark.parametrize("width_pixels", [375, 1280])
 def test_everybody_can_use_the_page(width_pixels: int, dark: bool, server: Server) -> None:
     """As far as axe can tell; and nothing is wider than the window."""
-    with opened(server.url, width_pixels, dark) as (page, _):
+    with open_page(server.url, width_pixels, dark) as (page, _):
         expect(page.locator("#facts")).not_to_be_empty()
         give(page, "choose")
         found(page)

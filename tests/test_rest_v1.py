@@ -17,16 +17,17 @@ from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
 from pinnace.tensors import tensor_of_values
-from tests.pictures import CAT, MODES, PHOTOGRAPHS, TUTORIAL_REQUEST, v1_request
-from tests.servers import Server, running
-from tests.test_classifier import original_logits
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, TUTORIAL_REQUEST
+from tests.support.reference import compute_original_logits
+from tests.support.servers import Server, run_server
 
 PREDICT = "/v1/models/custom-model:predict"
 
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Echo") as server:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         yield server
 
 
@@ -43,7 +44,7 @@ def curl(server: Server, *arguments: str) -> tuple[int, Any]:
 
 
 def top5(original: Source, picture: bytes) -> list[float]:
-    return sorted(original_logits(original, picture).tolist(), reverse=True)[:5]
+    return sorted(compute_original_logits(original, picture).tolist(), reverse=True)[:5]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_the_tutorials_request_is_answered_whatever_type_it_claims(
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_a_photograph_gets_the_five_highest_logits_of_torch(name: str, server: Server, original: Source) -> None:
-    response = server.predict(v1_request(PHOTOGRAPHS[name]), content_type="application/json")
+    response = server.predict(make_v1_request(PHOTOGRAPHS[name]), content_type="application/json")
 
     assert response.status_code == 200
     np.testing.assert_allclose(response.json()["predictions"], [top5(original, PHOTOGRAPHS[name])], rtol=0, atol=1e-4)
@@ -98,7 +99,7 @@ def test_a_picture_is_sent_by_curl_as_it_is(server: Server, original: Source, tm
 def test_every_instance_gets_a_row_in_its_order(server: Server, original: Source) -> None:
     pictures = list(PHOTOGRAPHS.values())[:3]
 
-    predictions = server.predict(v1_request(*pictures)).json()["predictions"]
+    predictions = server.predict(make_v1_request(*pictures)).json()["predictions"]
 
     np.testing.assert_allclose(predictions, [top5(original, picture) for picture in pictures], rtol=0, atol=1e-4)
 
@@ -111,7 +112,7 @@ def test_a_tensor_that_a_transformer_prepared_is_answered_as_its_image(server: S
     response = server.predict(json.dumps({"instances": [{"data": row.tolist()} for row in pixels]}))
 
     assert response.status_code == 200
-    expected = server.predict(v1_request(CAT, MODES["BMP"])).json()["predictions"]
+    expected = server.predict(make_v1_request(CAT, MODES["BMP"])).json()["predictions"]
     np.testing.assert_allclose(response.json()["predictions"], expected, rtol=0, atol=1e-5)
 
 
@@ -122,7 +123,7 @@ def test_a_tensor_of_whole_numbers_is_a_tensor(server: Server) -> None:
 
 
 def test_inputs_is_another_name_for_instances(server: Server) -> None:
-    request = json.loads(v1_request(CAT))
+    request = json.loads(make_v1_request(CAT))
 
     renamed = server.predict(json.dumps({"inputs": request["instances"]}))
 
@@ -163,7 +164,7 @@ def b64(data: bytes) -> str:
         ),
         ('{"instances": [{"image": {"b64": "aGVsbG8="}}]}', "input 'image', row 0: neither an image (JPEG, PNG, WEBP"),
         ('{"instances": [{"image": "hello"}]}', "input 'image', row 0: neither an image (JPEG, PNG, WEBP, GIF, BMP"),
-        (v1_request(CAT, CAT[:5000]), "input 'image', row 1: a truncated, damaged or unsupported image"),
+        (make_v1_request(CAT, CAT[:5000]), "input 'image', row 1: a truncated, damaged or unsupported image"),
         (
             '{"instances": [{"image": "a"}, {"data": "b"}]}',
             "instances[1] must be an object with the same keys as insta",
@@ -197,7 +198,7 @@ def test_an_unknown_model_is_404_before_its_body_is_looked_at(server: Server) ->
 
 @pytest.mark.parametrize("content_type", ["application/xml", "multipart/form-data; boundary=x", "video/mp4", "json"])
 def test_a_type_that_is_neither_json_nor_an_image_is_415(content_type: str, server: Server) -> None:
-    response = server.predict(v1_request(CAT), content_type=content_type)
+    response = server.predict(make_v1_request(CAT), content_type=content_type)
 
     assert response.status_code == 415
     assert "Content-Type" in response.json()["error"]
@@ -211,25 +212,25 @@ def test_a_compressed_body_is_415(server: Server) -> None:
 
 
 def test_more_instances_than_allowed_are_413(server: Server) -> None:
-    response = server.predict(v1_request(*[b"x"] * 129))
+    response = server.predict(make_v1_request(*[b"x"] * 129))
 
     assert (response.status_code, response.json()) == (413, {"error": "129 instances exceed max_instances (128)"})
 
 
 def test_an_image_of_too_many_pixels_is_413_and_named(model_dir: Path) -> None:
-    with running(f"--model_dir={model_dir}", "--max_image_pixels=135299") as server:
-        response = server.predict(v1_request(MODES["one pixel"], CAT))
+    with run_server(f"--model_dir={model_dir}", "--max_image_pixels=135299") as server:
+        response = server.predict(make_v1_request(MODES["one pixel"], CAT))
 
     assert response.status_code == 413
     assert response.json()["error"] == "input 'image', row 1: an image of 451 × 300 exceeds max_image_pixels (135299)"
 
 
 def test_a_classification_has_labels_probabilities_and_logits(server: Server, original: Source) -> None:
-    request = json.loads(v1_request(CAT, MODES["JPEG"])) | {"signature_name": "classification"}
+    request = json.loads(make_v1_request(CAT, MODES["JPEG"])) | {"signature_name": "classification"}
 
     predictions = server.predict(json.dumps(request)).json()["predictions"]
 
-    logits = server.predict(v1_request(CAT, MODES["JPEG"])).json()["predictions"]
+    logits = server.predict(make_v1_request(CAT, MODES["JPEG"])).json()["predictions"]
     assert [[found["logit"] for found in row] for row in predictions] == logits
     for found in predictions[0]:
         assert found.keys() == {"label", "index", "probability", "logit"}
@@ -241,14 +242,14 @@ def test_a_classification_has_labels_probabilities_and_logits(server: Server, or
 
 @pytest.mark.parametrize("signature", ["serving_default", "predict"])
 def test_the_default_signature_may_be_named(signature: str, server: Server) -> None:
-    request = json.loads(v1_request(CAT)) | {"signature_name": signature}
+    request = json.loads(make_v1_request(CAT)) | {"signature_name": signature}
 
-    assert server.predict(json.dumps(request)).json() == server.predict(v1_request(CAT)).json()
+    assert server.predict(json.dumps(request)).json() == server.predict(make_v1_request(CAT)).json()
 
 
 @pytest.mark.parametrize("signature", ["regression", "", 5, ["classification"], None])
 def test_another_signature_is_refused(signature: Any, server: Server) -> None:
-    response = server.predict(json.dumps(json.loads(v1_request(CAT)) | {"signature_name": signature}))
+    response = server.predict(json.dumps(json.loads(make_v1_request(CAT)) | {"signature_name": signature}))
 
     error = '"signature_name" must be one of serving_default, predict, classification'
     assert (response.status_code, response.json()) == (400, {"error": error})

@@ -14,9 +14,10 @@ import pytest
 
 from model_export.source import Source
 from pinnace import __version__
-from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
-from tests.servers import Server, running
-from tests.test_image import torchvisions_pixels
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT, MODES, PHOTOGRAPHS
+from tests.support.reference import preprocess_with_torchvision
+from tests.support.servers import Server, run_server
 
 INFER = "/v2/models/custom-model/infer"
 LENGTH = "inference-header-content-length"
@@ -24,7 +25,7 @@ LENGTH = "inference-header-content-length"
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Echo") as server:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         yield server
 
 
@@ -53,7 +54,7 @@ def split(response: httpx.Response) -> tuple[dict[str, Any], bytes]:
 
 
 def rest_v1(server: Server, *pictures: bytes) -> Any:
-    return server.predict(v1_request(*pictures)).json()["predictions"]
+    return server.predict(make_v1_request(*pictures)).json()["predictions"]
 
 
 def test_an_image_gets_v1s_answer_in_the_form_of_v2(server: Server) -> None:
@@ -93,7 +94,7 @@ def test_three_images_are_one_input_or_three(inputs: str, server: Server) -> Non
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_prepared_tensor_is_flat_or_nested(nested: bool, server: Server, original: Source) -> None:
-    pixels = torchvisions_pixels(original, CAT)[None]
+    pixels = preprocess_with_torchvision(original, CAT)[None]
     data = pixels.tolist() if nested else pixels.reshape(-1).tolist()
 
     response = infer(server, {"name": "x", "shape": [1, 3, 224, 224], "datatype": "FP32", "data": data})
@@ -113,7 +114,7 @@ def test_binary_images_are_raw_or_base64_text_behind_their_lengths(server: Serve
 
 
 def test_a_binary_tensor_gets_a_binary_answer_where_it_asks_for_one(server: Server, original: Source) -> None:
-    pixels = torchvisions_pixels(original, CAT)[None]
+    pixels = preprocess_with_torchvision(original, CAT)[None]
     tensor = {
         "name": "x",
         "shape": [1, 3, 224, 224],
@@ -400,7 +401,7 @@ def test_a_body_of_another_type_is_415(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models/custom-model:predict", INFER])
 def test_the_predictors_headers_are_those_of_the_response(path: str, server: Server) -> None:
-    body = v1_request(CAT) if path.startswith("/v1") else json.dumps({"inputs": [image_input(CAT)]})
+    body = make_v1_request(CAT) if path.startswith("/v1") else json.dumps({"inputs": [image_input(CAT)]})
 
     response = server.post(path, body)
 
@@ -409,7 +410,7 @@ def test_the_predictors_headers_are_those_of_the_response(path: str, server: Ser
 
 @pytest.mark.parametrize("path", ["/v1/models/custom-model:predict", INFER])
 def test_a_response_tells_where_its_time_went(path: str, server: Server) -> None:
-    body = v1_request(CAT) if path.startswith("/v1") else json.dumps({"inputs": [image_input(CAT)]})
+    body = make_v1_request(CAT) if path.startswith("/v1") else json.dumps({"inputs": [image_input(CAT)]})
 
     response = server.post(path, body)
 

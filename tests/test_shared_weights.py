@@ -15,9 +15,10 @@ import pytest
 from bench.subject import children, memory_mib
 from pinnace.runtimes.onnx import PREPACKED_WEIGHTS, OnnxSession, write_prepacked_model
 from pinnace.runtimes.shared_weights import VARIABLE, shared_model
-from tests.pictures import CAT, v1_request
-from tests.servers import READY, Server, is_alive, running, wait_for
-from tests.test_supervisor import TWO
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT
+from tests.support.servers import READY, TWO_WORKERS, Server, is_alive, run_server
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def two_workers(*flags: str, temporary: Path) -> Iterator[Server]:
-    with running(TWO, *flags, environment={**os.environ, "TMPDIR": str(temporary)}) as server:
+    with run_server(TWO_WORKERS, *flags, environment={**os.environ, "TMPDIR": str(temporary)}) as server:
         server.wait_for_line(READY)  # the other's
         yield server
 
@@ -51,13 +52,13 @@ def test_two_workers_hold_the_weights_once_and_answer_as_one_does(
     weights_mib = sum(file.stat().st_size for file in model_dir.iterdir()) / 2**20
     with two_workers(f"--model_dir={model_dir}", temporary=tmp_path) as two:
         workers = children(two.process.pid)
-        answers = {two.predict(v1_request(CAT)).text for _ in range(8)}
+        answers = {two.predict(make_v1_request(CAT)).text for _ in range(8)}
         own = [memory_mib(worker, "Anonymous") for worker in workers]
         maps = [Path(f"/proc/{worker}/maps").read_text() for worker in workers]
 
         assert two.stop() == 0
 
-    assert answers == {server.predict(v1_request(CAT)).text}
+    assert answers == {server.predict(make_v1_request(CAT)).text}
     assert max(own) < weights_mib / 2
     assert [PREPACKED_WEIGHTS in text for text in maps] == [True, True]
     assert list(tmp_path.glob("pinnace-*")) == []
@@ -118,5 +119,5 @@ def test_workers_whose_supervisor_was_killed_leave_nothing_on_the_disk(model_dir
 
         two.process.kill()
 
-        wait_for(lambda: not any(is_alive(worker) for worker in workers))
+        wait_for(lambda: not any(is_alive(worker) for worker in workers), "the end of the workers")
     assert list(tmp_path.glob("pinnace-*")) == []

@@ -21,10 +21,20 @@ from moto.server import ThreadedMotoServer
 from pinnace.errors import ConfigurationError, DownloadError
 from pinnace.models import storage
 from pinnace.models.storage import CHECKSUMS, fetch, redact_uri
-from tests.pictures import CAT, v1_request
-from tests.pods import NAMESPACES, pod, skip_without_namespaces
-from tests.servers import PROJECT, READY, START_SECONDS, Server, is_alive, running, start_failing, wait_for
-from tests.test_supervisor import TWO
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT
+from tests.support.pods import NAMESPACES, run_pod, skip_without_namespaces
+from tests.support.servers import (
+    PROJECT,
+    READY,
+    START_SECONDS,
+    TWO_WORKERS,
+    Server,
+    expect_start_failure,
+    is_alive,
+    run_server,
+)
+from tests.support.waiting import wait_for
 
 BUCKET = "models"
 URI = f"s3://{BUCKET}/alexnet"
@@ -99,9 +109,11 @@ def test_an_exported_model_is_downloaded_and_answers_as_where_it_came_from(
 ) -> None:
     s3.put_all(model_dir)
 
-    with running(f"--storage_cache_dir={tmp_path}", environment={**s3.environment, "STORAGE_URI": URI}) as downloaded:
+    with run_server(
+        f"--storage_cache_dir={tmp_path}", environment={**s3.environment, "STORAGE_URI": URI}
+    ) as downloaded:
         assert downloads(downloaded) == [URI]
-        assert downloaded.predict(v1_request(CAT)).text == server.predict(v1_request(CAT)).text
+        assert downloaded.predict(make_v1_request(CAT)).text == server.predict(make_v1_request(CAT)).text
     assert len(in_cache(tmp_path)) == 1
 
 
@@ -128,8 +140,8 @@ def test_a_model_without_checksums_is_downloaded_at_every_start(client: S3, tmp_
 
 def test_workers_download_a_model_once(s3: S3, tmp_path: Path) -> None:
     s3.put_model(b"text")
-    flags = ("--predictor=tests.predictors:FromFile", f"--storage_uri={URI}", f"--storage_cache_dir={tmp_path}")
-    with running(TWO, *flags, environment=s3.environment) as server:
+    flags = ("--predictor=tests.support.predictors:FromFile", f"--storage_uri={URI}", f"--storage_cache_dir={tmp_path}")
+    with run_server(TWO_WORKERS, *flags, environment=s3.environment) as server:
         server.wait_for_line(READY)
         answers = {server.predict('{"instances": ["any"]}').text for _ in range(4)}
         assert server.stop() == 0
@@ -156,7 +168,7 @@ def test_a_model_that_lacks_a_file_is_not_kept(client: S3, tmp_path: Path) -> No
 
 
 def test_a_place_where_nothing_is_ends_the_start_with_one_line(s3: S3, tmp_path: Path) -> None:
-    code, lines = start_failing(
+    code, lines = expect_start_failure(
         f"--storage_uri={URI}", f"--storage_cache_dir={tmp_path}", *PORTS, environment=s3.environment
     )
 
@@ -219,7 +231,7 @@ def test_a_download_that_breaks_off_is_no_model_and_says_no_secret(tmp_path: Pat
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         place = f"127.0.0.1:{web.server_port}/model.onnx"
-        code, lines = start_failing(
+        code, lines = expect_start_failure(
             f"--storage_uri=http://me:hidden@{place}?signature=hidden", f"--storage_cache_dir={tmp_path}", *PORTS
         )
         web.shutdown()
@@ -243,7 +255,7 @@ def test_a_download_ends_with_the_server_that_wanted_it(tmp_path: Path) -> None:
             process.terminate()
             assert process.wait(timeout=START_SECONDS) == 0
 
-        wait_for(lambda: not is_alive(download))
+        wait_for(lambda: not is_alive(download), "the end of the download")
 
 
 def downloading(uri: str) -> list[int]:
@@ -254,14 +266,14 @@ def downloading(uri: str) -> list[int]:
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_a_path_is_taken_where_it_lies(prefix: str, model_dir: Path, tmp_path: Path) -> None:
-    with running(f"--storage_uri={prefix}{model_dir}", f"--storage_cache_dir={tmp_path}/cache") as server:
-        assert server.predict(v1_request(CAT)).status_code == 200
+    with run_server(f"--storage_uri={prefix}{model_dir}", f"--storage_cache_dir={tmp_path}/cache") as server:
+        assert server.predict(make_v1_request(CAT)).status_code == 200
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("uri", ["/nowhere", "file:///nowhere", "pvc://claim/model"])
 def test_a_path_where_nothing_is_ends_the_start_with_one_line(uri: str) -> None:
-    code, (line,) = start_failing(f"--storage_uri={uri}", *PORTS)
+    code, (line,) = expect_start_failure(f"--storage_uri={uri}", *PORTS)
 
     assert code == 4
     assert line.startswith(f"app.py: --storage_uri={uri}")
@@ -273,8 +285,8 @@ def test_what_a_cluster_has_mounted_is_taken_as_it_is(single: bool, model_dir: P
     skip_without_namespaces()
     model = one_file(model_dir, tmp_path / "model.onnx") if single else model_dir
     for uri in ("/mnt/models", "pvc://claim/model"):
-        with pod([], {"PATH": os.environ["PATH"], "STORAGE_URI": uri}, model) as it:
-            assert it.status(8080, "/v2/models/custom-model/ready") == 200
+        with run_pod([], {"PATH": os.environ["PATH"], "STORAGE_URI": uri}, model) as it:
+            assert it.get_status(8080, "/v2/models/custom-model/ready") == 200
 
 
 def one_file(model_dir: Path, file: Path) -> Path:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pinnace.proto.generated import inference as pb
 from pinnace.proto.wire import DecodeError, decode, first_text
 from proto.generate import generate
-from tests.servers import PROJECT
+from tests.support.servers import PROJECT
 
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 
