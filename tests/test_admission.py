@@ -102,7 +102,7 @@ def test_rows_count_and_not_requests_alone(gate: Callable[[str], Path]) -> None:
 
 def test_the_inputs_of_a_model_that_has_several_have_the_same_rows() -> None:
     def asked(rows: int) -> Any:
-        inputs = [{"name": name, "datatype": "INT64", "shape": [rows], "data": [1] * rows} for name in ("one", "other")]
+        inputs = [{"name": name, "datatype": "INT64", "shape": [rows], "data": [1] * rows} for name in ("left", "right")]
         response = server.post("/v2/models/custom-model/infer", json.dumps({"inputs": inputs}))
         return response.json().get("outputs", [{"data": response.status_code}])[0]["data"]
 
