@@ -1,4 +1,4 @@
-"""One exported model and one server for all tests that change neither."""
+"""Fixtures that several test modules share: an exported model, a server, gates, and google's messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.servers import PROJECT, Server, run_server
 
 @pytest.fixture(scope="session")
 def export_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """AlexNet with weights of seed 0, exported as a user would; its folder, and what was printed."""
+    """Export AlexNet with weights of seed 0 as a user would. The folder, and what the command printed."""
     folder = tmp_path_factory.mktemp("model")
     command = [sys.executable, "-m", "model_export", "--weights", "seeded:0", "--output", str(folder)]
     done = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
@@ -33,7 +33,7 @@ def model_dir(export_output: tuple[Path, str]) -> Path:
 
 @pytest.fixture(scope="session")
 def original() -> Source:
-    """The model that `model_dir` was exported from, in torch."""
+    """Load the torch model that `model_dir` was exported from."""
     return load_source("alexnet", "seeded:0")
 
 
@@ -45,15 +45,18 @@ def server(model_dir: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session", params=["gRPC port", "HTTP port"])
 def channel(request: pytest.FixtureRequest, server: Server) -> Iterator[grpc.Channel]:
-    """Whatever is answered on the one port is answered on the other."""
+    """Open a channel to either port: both must answer alike."""
     port = server.grpc_port if request.param == "gRPC port" else server.http_port
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a FIFO that tests.predictors' Gated waits at; opening it to write means a request is inside."""
+def make_gate(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that makes a gate, a FIFO at which the gated predictors hold a request.
+
+    Opening it for writing blocks until a request has reached it. Closing it lets the request continue.
+    """
 
     def make(name: str) -> Path:
         os.mkfifo(tmp_path / name)
@@ -64,7 +67,7 @@ def gate(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def google(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """google.protobuf's own classes for our .proto: what other people's clients are made of."""
+    """Generate google.protobuf's classes from our .proto files, as other people's clients use them."""
     folder = tmp_path_factory.mktemp("google")
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROJECT}/proto", f"--python_out={folder}"]
     subprocess.run([*command, *(PROJECT / "proto").glob("*.proto")], cwd=PROJECT, check=True, timeout=60)

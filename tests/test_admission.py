@@ -1,4 +1,4 @@
-"""pinnace/admission.py: who comes when there is no room is refused at once, and told when there will be."""
+"""pinnace/inference/admission.py: requests beyond a limit are refused at once, with the time after which to retry."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ ECHO = "--predictor=tests.support.predictors:Echo"
 SIZES = "--predictor=tests.support.predictors:BatchSize"
 
 
-def refusal(limit: str) -> dict[str, str]:
+def refusal_body(limit: str) -> dict[str, str]:
+    """Return the JSON of a refusal at a limit."""
     return {"error": f"The server is at its limit of {limit}; try again."}
 
 
-def test_one_request_more_than_allowed_is_refused_at_once_and_told_to_try_again(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+def test_a_request_beyond_max_concurrent_requests_is_refused_at_once_with_retry_after(
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    only = gate("only")
+    only = make_gate("only")
     with run_gated_server(tmp_path, "--max_concurrent_requests=1") as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(predict_over_rest, server, "only")
         with only.open("wb"):
@@ -38,14 +39,14 @@ def test_one_request_more_than_allowed_is_refused_at_once_and_told_to_try_again(
                 infer_over_grpc(server, google, "another")
         assert answer.result().status_code == 200
 
-    text = refusal("requests (max_concurrent_requests)")
+    text = refusal_body("requests (max_concurrent_requests)")
     assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (503, text, "1")
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert error.value.details() == text["error"]
 
 
-def test_a_refusal_does_not_wait_for_the_body(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    only = gate("only")
+def test_a_refusal_does_not_wait_for_the_body(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+    only = make_gate("only")
     with (
         run_gated_server(tmp_path, "--max_concurrent_requests=1") as server,
         ThreadPoolExecutor() as clients,
@@ -61,10 +62,10 @@ def test_a_refusal_does_not_wait_for_the_body(tmp_path: Path, gate: Callable[[st
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
-def test_a_refused_client_is_told_to_wait_as_long_as_what_is_under_way_takes(
-    port: str, gate: Callable[[str], Path], google: ModuleType
+def test_retry_after_is_the_time_that_the_requests_in_flight_need(
+    port: str, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    gates = [gate("one"), gate("two")]
+    gates = [make_gate("first"), make_gate("second")]
     with (
         run_server(
             "--predictor=tests.support.predictors:Slow", "--max_concurrent_requests=2", "--max_batch_size=1"
@@ -80,8 +81,8 @@ def test_a_refused_client_is_told_to_wait_as_long_as_what_is_under_way_takes(
         refused = server.predict('{"instances": ["0"]}')
         with pytest.raises(grpc.RpcError) as error:
             call_grpc(channel, google, "ModelInfer", make_image_request(google, b"0"))
-        for held in gates:
-            clients.submit(held.write_bytes, b"")
+        for gate in gates:
+            clients.submit(gate.write_bytes, b"")
         assert [answer.result().status_code for answer in answers] == [200, 200]
 
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
@@ -89,33 +90,35 @@ def test_a_refused_client_is_told_to_wait_as_long_as_what_is_under_way_takes(
     assert 1400 <= int(trailers["grpc-retry-pushback-ms"]) <= 2000
 
 
-def test_rows_count_and_not_requests_alone(gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_rows_are_limited_as_well_as_requests(make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
     with run_server(SIZES, "--max_queue_rows=3") as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(server.predict, json.dumps({"instances": [str(held), "a", "b"]}))
         with held.open("wb"):
             refused = server.predict('{"instances": ["c"]}')
-            assert (refused.status_code, refused.json()) == (503, refusal("rows (max_queue_rows)"))
+            assert (refused.status_code, refused.json()) == (503, refusal_body("rows (max_queue_rows)"))
         assert answer.result().json() == {"predictions": [3, 3, 3]}
         assert server.predict('{"instances": ["c"]}').json() == {"predictions": [1]}
 
 
-def test_the_inputs_of_a_model_that_has_several_have_the_same_rows() -> None:
-    def asked(rows: int) -> Any:
-        inputs = [{"name": name, "datatype": "INT64", "shape": [rows], "data": [1] * rows} for name in ("left", "right")]
+def test_rows_are_counted_once_for_a_model_with_several_inputs() -> None:
+    def send_rows(rows: int) -> Any:
+        inputs = [
+            {"name": name, "datatype": "INT64", "shape": [rows], "data": [1] * rows} for name in ("left", "right")
+        ]
         response = server.post("/v2/models/custom-model/infer", json.dumps({"inputs": inputs}))
         return response.json().get("outputs", [{"data": response.status_code}])[0]["data"]
 
     with run_server("--predictor=tests.support.predictors:Sum", "--max_instances=3", "--max_queue_rows=3") as server:
-        assert asked(3) == [2, 2, 2]
-        assert asked(4) == 413
+        assert send_rows(3) == [2, 2, 2]
+        assert send_rows(4) == 413
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
-def test_bodies_and_messages_take_no_more_memory_together_than_allowed(
-    port: str, gate: Callable[[str], Path], google: ModuleType
+def test_bodies_and_messages_together_take_no_more_memory_than_max_queue_bytes(
+    port: str, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    held, size = gate("held"), 600_000
+    held, size = make_gate("held"), 600_000
     body = json.dumps({"instances": [str(held)]}).ljust(size)
     with run_server(SIZES, "--max_queue_bytes=1000000") as server, ThreadPoolExecutor() as clients:
         target = f"127.0.0.1:{server.grpc_port if port == 'gRPC port' else server.http_port}"
@@ -123,7 +126,7 @@ def test_bodies_and_messages_take_no_more_memory_together_than_allowed(
             answer = clients.submit(server.predict, body)
             with held.open("wb"):
                 refused = server.predict(" " * size)
-                assert (refused.status_code, refused.json()) == (503, refusal("bytes (max_queue_bytes)"))
+                assert (refused.status_code, refused.json()) == (503, refusal_body("bytes (max_queue_bytes)"))
                 with pytest.raises(grpc.RpcError, match="max_queue_bytes") as error:
                     call_grpc(channel, google, "ModelInfer", make_image_request(google, b" " * size))
                 assert error.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -133,7 +136,7 @@ def test_bodies_and_messages_take_no_more_memory_together_than_allowed(
             assert call_grpc(channel, google, "ModelInfer", message).outputs[0].contents.int64_contents == [1]
 
 
-def test_half_bodies_give_their_memory_back_when_their_clients_leave() -> None:
+def test_memory_of_an_incomplete_body_is_released_when_its_client_disconnects() -> None:
     head = b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 700000\r\n\r\n"
     with run_server(ECHO, "--max_queue_bytes=1000000") as server:
         for _ in range(5):
@@ -145,8 +148,8 @@ def test_half_bodies_give_their_memory_back_when_their_clients_leave() -> None:
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("http2", [False, True])
-def test_a_client_that_leaves_takes_its_request_out_of_the_queue(
-    version: str, http2: bool, gate: Callable[[str], Path]
+def test_a_request_leaves_the_queue_when_its_client_disconnects(
+    version: str, http2: bool, make_gate: Callable[[str], Path]
 ) -> None:
     path, body = {
         "v1": ("/v1/models/custom-model:predict", '{"instances": ["a"]}'),
@@ -155,7 +158,7 @@ def test_a_client_that_leaves_takes_its_request_out_of_the_queue(
             '{"inputs": [{"name": "a", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}',
         ),
     }[version]
-    held = gate("held")
+    held = make_gate("held")
     with run_server(SIZES) as server, ThreadPoolExecutor() as clients:
         first = clients.submit(server.predict, json.dumps({"instances": [str(held)]}))
         with held.open("wb"):

@@ -159,8 +159,8 @@ def test_an_answer_over_the_limit_is_refused(google: ModuleType) -> None:
     assert code == "RESOURCE_EXHAUSTED"
 
 
-def test_a_call_ends_at_its_deadline(tmp_path: Path, gate: Callable[[str], Path], google: ModuleType) -> None:
-    held = gate("held")
+def test_a_call_ends_at_its_deadline(tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType) -> None:
+    held = make_gate("held")
     with run_gated_server(tmp_path) as server, grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel:
         request = make_image_request(google, b"held").SerializeToString()
         with ThreadPoolExecutor() as clients:
@@ -171,9 +171,9 @@ def test_a_call_ends_at_its_deadline(tmp_path: Path, gate: Callable[[str], Path]
 
 
 def test_a_call_that_its_client_cancels_is_given_up(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with run_gated_server(tmp_path) as server, grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel:
         unary: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(INFER)
         pending = unary.future(make_image_request(google, b"held").SerializeToString(), timeout=60)
@@ -183,9 +183,9 @@ def test_a_call_that_its_client_cancels_is_given_up(
 
 
 def test_calls_in_flight_are_answered_before_the_end(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with (
         run_gated_server(tmp_path) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel,

@@ -115,9 +115,9 @@ def test_a_watcher_hears_of_the_stop_before_the_last_answer(
     port: str,
     health: ModuleType,
     tmp_path: Path,
-    gate: Callable[[str], Path],
+    make_gate: Callable[[str], Path],
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with (
         run_gated_server(tmp_path) as server,
         ThreadPoolExecutor() as clients,

@@ -52,14 +52,14 @@ def test_a_connection_that_its_client_closed_is_closed(server: Server) -> None:
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_connection_left_while_its_request_is_answered_is_closed(
-    reset: bool, tmp_path: Path, gate: Callable[[str], Path]
+    reset: bool, tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
     with run_gated_server(tmp_path) as server:
         server.get("/")
         before = server.count_descriptors()
 
         for number in range(20):
-            held = gate(f"gate {number:02}")
+            held = make_gate(f"gate {number:02}")
             with server.connect() as connection:
                 connection.sendall(GATED_REQUEST % held.name.encode())
                 with held.open("wb"):  # opens when the request is being answered
@@ -70,14 +70,14 @@ def test_a_connection_left_while_its_request_is_answered_is_closed(
 
 
 def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(
-    tmp_path: Path, gate: Callable[[str], Path]
+    tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
     with run_gated_server(tmp_path) as server:
         server.get("/")
         before = server.count_descriptors()
 
         for number in range(10):
-            held = gate(f"gate {number:02}")
+            held = make_gate(f"gate {number:02}")
             body = f'{{"instances": ["{held.name}"]}}'
             url = f"{server.url}/v1/models/custom-model:predict"
             with subprocess.Popen(["curl", "-sS", "--http2-prior-knowledge", "-d", body, url]) as curl, held.open("wb"):
@@ -169,8 +169,10 @@ def test_of_too_many_connections_the_one_that_is_idle_longest_is_closed_for_the_
         assert read_until(oldest, b'{"status":"alive"}')
 
 
-def test_where_every_connection_has_a_request_one_more_is_refused(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_where_every_connection_has_a_request_one_more_is_refused(
+    tmp_path: Path, make_gate: Callable[[str], Path]
+) -> None:
+    held = make_gate("held")
     with run_gated_server(tmp_path, "--max_connections=1") as server:
         with server.connect() as busy:
             busy.sendall(GATED_REQUEST.replace(b"26", b"23") % b"held")
@@ -214,9 +216,9 @@ def send_request(connection: h2.connection.H2Connection, stream: int, body: byte
 
 
 def test_a_stopping_server_refuses_new_streams_and_answers_the_others_of_their_connection(
-    tmp_path: Path, gate: Callable[[str], Path]
+    tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    held, connection = gate("held"), http2_connection()
+    held, connection = make_gate("held"), http2_connection()
     seen: list[h2.events.Event] = []
     with run_gated_server(tmp_path) as server, server.connect() as socket:
         send_request(connection, 1, b'{"instances": ["held"]}')

@@ -38,9 +38,9 @@ def several(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @contextmanager
-def one_busy(gate: Callable[[str], Path], *flags: str) -> Iterator[Server]:
+def one_busy(make_gate: Callable[[str], Path], *flags: str) -> Iterator[Server]:
     """Two models, of which the one called slow is in a run."""
-    held = gate("held")
+    held = make_gate("held")
     with (
         run_server("--model=slow=,quick=", "--predictor=tests.support.predictors:BatchSize", *flags) as server,
         ThreadPoolExecutor(1) as client,
@@ -100,19 +100,19 @@ def test_a_directory_of_directories_is_a_model_for_each_that_holds_one(model_dir
                     for name in ("first", "second")}) == 1  # fmt: skip
 
 
-def test_a_model_that_is_busy_holds_no_other_up(gate: Callable[[str], Path]) -> None:
-    with one_busy(gate) as server:
+def test_a_model_that_is_busy_holds_no_other_up(make_gate: Callable[[str], Path]) -> None:
+    with one_busy(make_gate) as server:
         assert predictions(server, "quick", "a") == [1]
 
 
-def test_a_model_at_its_limit_of_requests_leaves_the_others_theirs(gate: Callable[[str], Path]) -> None:
-    with one_busy(gate, "--max_concurrent_requests=1") as server:
+def test_a_model_at_its_limit_of_requests_leaves_the_others_theirs(make_gate: Callable[[str], Path]) -> None:
+    with one_busy(make_gate, "--max_concurrent_requests=1") as server:
         assert predictions(server, "slow", "a") == 503
         assert predictions(server, "quick", "a") == [1]
 
 
-def test_runs_that_take_every_core_take_turns(gate: Callable[[str], Path]) -> None:
-    held, decoding = gate("held"), gate("decoding")
+def test_runs_that_take_every_core_take_turns(make_gate: Callable[[str], Path]) -> None:
+    held, decoding = make_gate("held"), make_gate("decoding")
     models = ("--model=slow=,quick=", "--predictor=tests.support.predictors:AllCores")
     with run_server(*models) as server, ThreadPoolExecutor(2) as clients:
         quick = clients.submit(predictions, server, "quick", f"@{decoding}")

@@ -80,9 +80,9 @@ def test_what_was_answered_is_counted_with_its_bytes(google: ModuleType) -> None
 
 
 def test_a_call_that_its_client_cancels_is_counted_so(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with run_gated_server(tmp_path) as server, grpc.insecure_channel(server.grpc_address) as channel:
         request = make_image_request(google, b"held").SerializeToString()
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
@@ -104,8 +104,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted_so() -> None:
         wait_for(lambda: requests_by_outcome(server) == {("v1", "cancelled"): 1}, "one cancelled request")
 
 
-def test_what_is_under_way_is_seen(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_what_is_under_way_is_seen(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
     with run_gated_server(tmp_path, predictor="GatedPredict") as server, ThreadPoolExecutor() as clients:
         assert metric_value(server, "pinnace_requests_in_flight") == 0
         answer = clients.submit(predict_over_rest, server, "held")

@@ -91,9 +91,9 @@ def test_a_picture_that_is_given_shows_its_five_classes_and_where_the_time_went(
 
 
 @needs_browser
-def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, gate: Callable[[str], Path]) -> None:
+def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, make_gate: Callable[[str], Path]) -> None:
     """The model is held, so that the first picture's answer comes after the file that is none."""
-    held = gate("held")
+    held = make_gate("held")
     flags = (f"--model=pictures={model_dir},slow=", "--predictor=slow=tests.support.predictors:AllCores")
     with run_server(*flags) as server, ThreadPoolExecutor() as clients, open_page(server.url) as (page, _):
         expect(page.locator("#facts")).to_contain_text("architecture alexnet")

@@ -164,8 +164,8 @@ def test_a_request_that_its_replicas_die_of_is_refused_and_the_model_comes_back(
 
 
 @needs_ray
-def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
     flags = ("--model=slow=,quick=", "--predictor=tests.support.predictors:BatchSize", "--max_ongoing_requests=1")
 
     def ask(model: str, instance: str) -> Any:
@@ -181,8 +181,10 @@ def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Calla
 
 
 @needs_ray
-def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str], Path], google: ModuleType) -> None:
-    held = gate("held")
+def test_a_call_past_its_deadline_leaves_the_replicas_queue(
+    make_gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    held = make_gate("held")
     scaled = '--autoscaling_config={"min_replicas": 1, "max_replicas": 1}'
     late = make_image_request(google, b"late").SerializeToString()
     with (
@@ -214,9 +216,9 @@ def test_a_model_is_unloaded_and_loaded_again() -> None:
 
 @needs_ray
 def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_its_own(
-    gate: Callable[[str], Path],
+    make_gate: Callable[[str], Path],
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with (
         run_server(*RAY, "--predictor=tests.support.predictors:BatchSize") as server,
         ThreadPoolExecutor(1) as client,

@@ -215,9 +215,9 @@ def test_a_model_that_cannot_be_loaded_stays_unloaded_and_the_log_says_why(
 
 
 def test_a_request_under_way_is_answered_by_the_model_that_it_began_with(
-    google: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
+    google: ModuleType, tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with run_gated_server(tmp_path, ENABLED) as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(server.predict, '{"instances": ["held"]}')
         with held.open("wb"):

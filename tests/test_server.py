@@ -48,9 +48,9 @@ def test_a_signal_ends_an_idle_server_with_exit_0(number: signal.Signals) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_in_flight_on_both_ports_is_answered_before_the_end(
-    number: signal.Signals, tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+    number: signal.Signals, tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    gates = [gate("rest"), gate("grpc")]
+    gates = [make_gate("rest"), make_gate("grpc")]
     with run_gated_server(tmp_path) as server, ThreadPoolExecutor() as clients:
         by_rest = clients.submit(predict_over_rest, server, "rest")
         by_grpc = clients.submit(infer_over_grpc, server, google, "grpc")
@@ -64,9 +64,9 @@ def test_what_is_in_flight_on_both_ports_is_answered_before_the_end(
 
 
 def test_a_stopping_server_refuses_new_connections_and_closes_idle_ones(
-    tmp_path: Path, gate: Callable[[str], Path]
+    tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    waiting = gate("waiting")
+    waiting = make_gate("waiting")
     with run_gated_server(tmp_path) as server, ThreadPoolExecutor() as clients, server.connect() as idle:
         idle.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(idle, b'{"ready":true}')
@@ -83,9 +83,9 @@ def test_a_stopping_server_refuses_new_connections_and_closes_idle_ones(
 
 @pytest.mark.parametrize("predictor", ["Gated", "GatedPredict"])
 def test_a_request_that_outlasts_the_grace_period_is_cut_and_counted(
-    predictor: str, tmp_path: Path, gate: Callable[[str], Path]
+    predictor: str, tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    stuck = gate("stuck")
+    stuck = make_gate("stuck")
     with (
         run_gated_server(tmp_path, "--grace_period_seconds=1", predictor=predictor) as server,
         server.connect() as connection,
@@ -102,8 +102,8 @@ def test_a_request_that_outlasts_the_grace_period_is_cut_and_counted(
 
 
 @pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
-def test_a_second_signal_stops_at_once(workers: str, tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_a_second_signal_stops_at_once(workers: str, tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
     with run_gated_server(tmp_path, workers) as server, ThreadPoolExecutor() as clients:
         clients.submit(predict_over_rest, server, "held").add_done_callback(lambda answer: answer.exception())
         with held.open("wb"):
@@ -150,8 +150,10 @@ def test_the_drain_delay_ends_by_itself() -> None:
     assert 1 <= time.monotonic() - stopped_at < 10
 
 
-def test_a_handler_that_never_returns_does_not_hold_up_the_end(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    gate("never")
+def test_a_handler_that_never_returns_does_not_hold_up_the_end(
+    tmp_path: Path, make_gate: Callable[[str], Path]
+) -> None:
+    make_gate("never")
     with run_gated_server(tmp_path, "--request_timeout_seconds=1") as server:
         assert predict_over_rest(server, "never").status_code == 504
         assert server.stop() == 0
@@ -230,9 +232,9 @@ def test_a_running_server_sends_nobody_usage_data_and_leaves_no_files(model_dir:
 
 
 def test_probes_are_answered_while_the_model_is_busy(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    busy = gate("busy")
+    busy = make_gate("busy")
     with run_gated_server(tmp_path, predictor="GatedPredict") as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(predict_over_rest, server, "busy")
         with busy.open("wb"):
@@ -336,9 +338,9 @@ def test_without_grpc_no_port_answers_it(google: ModuleType) -> None:
 
 
 def test_uvloop_serves_and_stops_as_asyncio_does(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    gates = [gate("rest"), gate("grpc")]
+    gates = [make_gate("rest"), make_gate("grpc")]
     with run_gated_server(tmp_path, "--event_loop=uvloop") as server, ThreadPoolExecutor() as clients:
         answers = [
             clients.submit(predict_over_rest, server, "rest"),

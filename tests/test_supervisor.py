@@ -135,9 +135,9 @@ def test_a_worker_that_leaves_a_process_behind_is_replaced_as_well(tmp_path: Pat
 
 
 def test_workers_that_are_signalled_beside_their_supervisor_answer_what_they_accepted(
-    tmp_path: Path, gate: Callable[[str], Path]
+    tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with run_gated_server(tmp_path, TWO_WORKERS) as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(predict_over_rest, server, "held")
         with held.open("wb"):
@@ -179,9 +179,9 @@ def test_a_worker_for_which_the_system_has_nothing_left_is_tried_again(two: Serv
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_stop_answers_what_every_worker_has_accepted(
-    number: signal.Signals, tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+    number: signal.Signals, tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    gates = [gate(f"gate{count}") for count in range(4)]
+    gates = [make_gate(f"gate{count}") for count in range(4)]
     with run_gated_server(tmp_path, TWO_WORKERS) as server, ThreadPoolExecutor(len(gates)) as clients:
         over_rest = [clients.submit(predict_over_rest, server, path.name) for path in gates[:2]]
         over_grpc = [clients.submit(infer_over_grpc, server, google, path.name) for path in gates[2:]]
@@ -196,8 +196,8 @@ def test_a_stop_answers_what_every_worker_has_accepted(
         assert server.wait() == 0
 
 
-def test_a_worker_that_was_cut_gives_its_exit_code(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_a_worker_that_was_cut_gives_its_exit_code(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
     with run_gated_server(tmp_path, TWO_WORKERS, "--grace_period_seconds=1") as server, ThreadPoolExecutor() as clients:
         clients.submit(predict_over_rest, server, "held")
         with held.open("wb"):
