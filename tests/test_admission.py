@@ -75,7 +75,7 @@ def test_retry_after_is_the_time_that_the_requests_in_flight_need(
     ):
         for _ in range(2):
             assert server.predict('{"instances": ["0.7"]}').status_code == 200
-        answers = [clients.submit(server.predict, json.dumps({"instances": [str(held)]})) for held in gates]
+        answers = [clients.submit(server.predict, json.dumps({"instances": [str(gate)]})) for gate in gates]
         wait_for_metric(server, "pinnace_requests_in_flight", 2)
 
         refused = server.predict('{"instances": ["0"]}')

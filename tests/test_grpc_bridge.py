@@ -1,6 +1,6 @@
-"""gRPC on the HTTP port, where it differs from the other port's: what grpc.aio does there is our own code here.
+"""pinnace/http/grpc_bridge.py: gRPC on the HTTP port, where our own code does what grpc.aio does on the gRPC port.
 
-That both answer the same is seen by the tests with the `channel` fixture, which run on both.
+Tests with the fixture `channel` run on both ports, and check that both answer alike.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from tests.support.waiting import wait_for
 
 LIVE = "/inference.GRPCInferenceService/ServerLive"
 ECHO = "--predictor=tests.support.predictors:Echo"
-ROOMY = 64 * 1024 * 1024
+LARGE_BYTES = 64 * 1024 * 1024
 
 
 @pytest.fixture
-def one_port(server: Server) -> Any:
+def http_channel(server: Server) -> Any:
     with grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel:
         yield channel
 
 
-def call(channel: grpc.Channel, message: bytes, method: str = INFER, **options: Any) -> bytes:
+def call_method(channel: grpc.Channel, message: bytes, method: str = INFER, **options: Any) -> bytes:
     unary: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
     return unary(message, **{"timeout": 60, **options})
 
 
-def code_of(channel: grpc.Channel, message: bytes, method: str = INFER, **options: Any) -> tuple[str, str | None]:
+def expect_error(channel: grpc.Channel, message: bytes, method: str = INFER, **options: Any) -> tuple[str, str | None]:
     with pytest.raises(grpc.RpcError) as error:
-        call(channel, message, method, **options)
+        call_method(channel, message, method, **options)
     return error.value.code().name, error.value.details()
 
 
-def test_five_thousand_calls_over_one_channel_are_all_answered(one_port: grpc.Channel) -> None:
-    answers = [call(one_port, b"", LIVE) for _ in range(5000)]
+def test_five_thousand_calls_over_one_channel_are_answered(http_channel: grpc.Channel) -> None:
+    answers = [call_method(http_channel, b"", LIVE) for _ in range(5000)]
 
     assert answers == [b"\x08\x01"] * 5000
 
 
-async def test_calls_at_once_over_one_channel_are_all_answered(server: Server, google: ModuleType) -> None:
+async def test_concurrent_calls_over_one_channel_are_answered(server: Server, google: ModuleType) -> None:
     request = make_image_request(google, CAT).SerializeToString()
     expected = server.predict(make_v1_request(CAT)).json()["predictions"][0]
 
@@ -65,8 +65,8 @@ async def test_calls_at_once_over_one_channel_are_all_answered(server: Server, g
         assert list(google.ModelInferResponse.FromString(answer).outputs[0].contents.fp32_contents) == expected
 
 
-def test_rest_and_grpc_share_the_port(server: Server, one_port: grpc.Channel) -> None:
-    assert call(one_port, b"", LIVE) == b"\x08\x01"
+def test_rest_and_grpc_share_the_port(server: Server, http_channel: grpc.Channel) -> None:
+    assert call_method(http_channel, b"", LIVE) == b"\x08\x01"
     with httpx.Client(http1=False, http2=True) as client:
         assert client.get(f"{server.url}/v2/health/live").json() == {"live": True}
     assert server.get("/v2/health/live").json() == {"live": True}
@@ -74,16 +74,16 @@ def test_rest_and_grpc_share_the_port(server: Server, one_port: grpc.Channel) ->
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
 def test_compressed_messages_are_read(
-    compression: grpc.Compression, server: Server, google: ModuleType, one_port: grpc.Channel
+    compression: grpc.Compression, server: Server, google: ModuleType, http_channel: grpc.Channel
 ) -> None:
-    answer = call(one_port, make_image_request(google, CAT).SerializeToString(), compression=compression)
+    answer = call_method(http_channel, make_image_request(google, CAT).SerializeToString(), compression=compression)
 
     expected = server.predict(make_v1_request(CAT)).json()["predictions"][0]
     assert list(google.ModelInferResponse.FromString(answer).outputs[0].contents.fp32_contents) == expected
 
 
-def test_a_message_that_grows_beyond_the_limit_when_unpacked_is_refused(one_port: grpc.Channel) -> None:
-    code, details = code_of(one_port, bytes(ROOMY), compression=grpc.Compression.Gzip)
+def test_a_message_that_is_larger_than_the_limit_when_decompressed_is_refused(http_channel: grpc.Channel) -> None:
+    code, details = expect_error(http_channel, bytes(LARGE_BYTES), compression=grpc.Compression.Gzip)
 
     assert (code, details) == ("RESOURCE_EXHAUSTED", "SERVER: Decompressed message larger than max (8388608)")
 
@@ -121,7 +121,7 @@ def test_a_message_that_grows_beyond_the_limit_when_unpacked_is_refused(one_port
         ),
     ],
 )
-def test_a_call_that_is_not_framed_as_it_must_be_ends_with_a_status(
+def test_a_badly_framed_call_ends_with_a_status(
     body: bytes, headers: dict[str, str], code: grpc.StatusCode, message: str, server: Server
 ) -> None:
     trailers = send_raw_call(server, body, INFER, True, 0, **headers)
@@ -130,8 +130,12 @@ def test_a_call_that_is_not_framed_as_it_must_be_ends_with_a_status(
     assert trailers["grpc-message"].startswith(message)
 
 
-def test_a_text_beyond_ascii_travels_in_the_status(server: Server, google: ModuleType, one_port: grpc.Channel) -> None:
-    code, details = code_of(one_port, make_image_request(google, CAT, model_name="Grüße 100 %").SerializeToString())
+def test_the_details_of_a_status_can_be_non_ascii(
+    server: Server, google: ModuleType, http_channel: grpc.Channel
+) -> None:
+    code, details = expect_error(
+        http_channel, make_image_request(google, CAT, model_name="Grüße 100 %").SerializeToString()
+    )
 
     assert (code, details) == ("NOT_FOUND", "Model with name Grüße 100 % does not exist.")
 
@@ -143,18 +147,18 @@ def test_an_unknown_method_is_unimplemented(path: str, server: Server) -> None:
     assert (trailers["grpc-status"], trailers["grpc-message"]) == ("12", "Method not found!")
 
 
-def test_a_large_message_to_an_unknown_method_spares_the_other_calls(one_port: grpc.Channel) -> None:
+def test_a_large_message_to_an_unknown_method_does_not_affect_other_calls(http_channel: grpc.Channel) -> None:
     for _ in range(5):
-        assert code_of(one_port, bytes(5_000_000), "/no.Such/Method") == ("UNIMPLEMENTED", "Method not found!")
-        assert call(one_port, b"", LIVE) == b"\x08\x01"
+        assert expect_error(http_channel, bytes(5_000_000), "/no.Such/Method") == ("UNIMPLEMENTED", "Method not found!")
+        assert call_method(http_channel, b"", LIVE) == b"\x08\x01"
 
 
-def test_an_answer_over_the_limit_is_refused(google: ModuleType) -> None:
+def test_a_response_over_the_limit_gets_resource_exhausted(google: ModuleType) -> None:
     with (
         run_server(ECHO, "--grpc_max_send_message_length=1000") as server,
         grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel,
     ):
-        code, _ = code_of(channel, make_image_request(google, bytes(2000)).SerializeToString())
+        code, _ = expect_error(channel, make_image_request(google, bytes(2000)).SerializeToString())
 
     assert code == "RESOURCE_EXHAUSTED"
 
@@ -164,13 +168,13 @@ def test_a_call_ends_at_its_deadline(tmp_path: Path, make_gate: Callable[[str], 
     with run_gated_server(tmp_path) as server, grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel:
         request = make_image_request(google, b"held").SerializeToString()
         with ThreadPoolExecutor() as clients:
-            answer = clients.submit(code_of, channel, request, timeout=3)
+            answer = clients.submit(expect_error, channel, request, timeout=3)
             with held.open("wb"):
                 assert answer.result()[0] == "DEADLINE_EXCEEDED"
                 wait_for(lambda: requests_by_outcome(server) == {("grpc", "cancelled"): 1}, "one cancelled call")
 
 
-def test_a_call_that_its_client_cancels_is_given_up(
+def test_a_call_that_its_client_cancels_is_cancelled_in_the_server(
     tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
     held = make_gate("held")
@@ -182,7 +186,7 @@ def test_a_call_that_its_client_cancels_is_given_up(
             wait_for(lambda: requests_by_outcome(server) == {("grpc", "cancelled"): 1}, "one cancelled call")
 
 
-def test_calls_in_flight_are_answered_before_the_end(
+def test_calls_in_flight_are_answered_before_the_server_stops(
     tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
     held = make_gate("held")
@@ -191,7 +195,7 @@ def test_calls_in_flight_are_answered_before_the_end(
         grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel,
         ThreadPoolExecutor() as clients,
     ):
-        answer = clients.submit(call, channel, make_image_request(google, b"held").SerializeToString())
+        answer = clients.submit(call_method, channel, make_image_request(google, b"held").SerializeToString())
         with held.open("wb"):
             server.process.send_signal(signal.SIGTERM)
             assert server.wait_for_line(STOPPING)[1] == "1"
@@ -200,7 +204,7 @@ def test_calls_in_flight_are_answered_before_the_end(
         assert server.wait() == 0
 
 
-def test_calls_that_end_in_every_way_leave_no_connection_behind(server: Server, google: ModuleType) -> None:
+def test_failed_and_successful_calls_leave_no_connection_open(server: Server, google: ModuleType) -> None:
     server.get("/")
     before = server.count_descriptors()
 
@@ -208,13 +212,13 @@ def test_calls_that_end_in_every_way_leave_no_connection_behind(server: Server, 
         send_raw_call(server, b"\0\0")
         send_raw_call(server, frame_message(bytes(50_000)), "/no.Such/Method")
         with grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel:
-            call(channel, b"", LIVE)
+            call_method(channel, b"", LIVE)
 
     server.wait_for_descriptors(before)
 
 
 @pytest.mark.parametrize("port", ["http_port", "grpc_port"])
-def test_a_message_that_comes_too_slowly_ends_its_call_on_either_port(port: str) -> None:
+def test_a_message_that_arrives_too_slowly_ends_its_call_on_either_port(port: str) -> None:
     with run_server(ECHO, "--read_timeout_seconds=1") as server:
         trailers = send_raw_call(server, frame_message(bytes(1000))[:500], end=False, port=getattr(server, port))
 

@@ -1,4 +1,4 @@
-"""pinnace/image.py against torchvision's own preset and loader: the same pixels, to the bit."""
+"""pinnace/models/image.py against torchvision's preset and loader: bit-equal pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def preprocessing(original: Source) -> Preprocessing:
 
 
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, *MODES])
-def test_pixels_equal_torchvisions_to_the_bit(name: str, preprocessing: Preprocessing, original: Source) -> None:
+def test_pixels_are_bit_equal_to_torchvisions(name: str, preprocessing: Preprocessing, original: Source) -> None:
     data = {**PHOTOGRAPHS, **MODES}[name]
 
     pixels = preprocessing(decode(data, MANY_PIXELS))
@@ -40,14 +40,14 @@ def test_pixels_equal_torchvisions_to_the_bit(name: str, preprocessing: Preproce
 
 
 @pytest.mark.parametrize("name", SIXTEEN_BIT)
-def test_sixteen_bits_keep_their_picture_instead_of_going_white(name: str) -> None:
+def test_a_16_bit_picture_is_scaled_and_not_clipped_to_white(name: str) -> None:
     grey = np.asarray(Image.open(io.BytesIO(CAT)).convert("L"))
 
     np.testing.assert_array_equal(np.asarray(decode(MODES[name], MANY_PIXELS))[:, :, 0], grey)
 
 
 @pytest.mark.parametrize("architecture", ["resnet50", "efficientnet_b0", "inception_v3", "vit_h_14", "swin_v2_t"])
-def test_other_architectures_presets_give_torchvisions_pixels_too(architecture: str) -> None:
+def test_presets_of_other_architectures_give_torchvisions_pixels(architecture: str) -> None:
     preset: Any = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
     preprocessing = Preprocessing(
         preset.resize_size[0], preset.crop_size[0], preset.interpolation.name, tuple(preset.mean), tuple(preset.std)
@@ -59,7 +59,7 @@ def test_other_architectures_presets_give_torchvisions_pixels_too(architecture: 
 
 
 @pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (2, 10_000), (300, 100_000)])
-def test_an_extreme_strip_is_resized_only_where_it_is_cropped(
+def test_only_the_cropped_part_of_a_narrow_strip_is_resized(
     size: tuple[int, int], preprocessing: Preprocessing
 ) -> None:
     ramp = Image.linear_gradient("L").resize(size).convert("RGB")
@@ -72,7 +72,7 @@ def test_an_extreme_strip_is_resized_only_where_it_is_cropped(
     assert np.abs(shown - middle).max() <= 2
 
 
-def test_only_the_first_frame_is_shown() -> None:
+def test_only_the_first_frame_is_decoded() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
 
     for file_format in ("GIF", "WEBP", "TIFF", "PNG"):
@@ -83,7 +83,7 @@ def test_only_the_first_frame_is_shown() -> None:
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_an_image_is_found_in_a_bytes_element_raw_or_as_base64_text(name: str) -> None:
+def test_a_bytes_element_is_an_image_or_base64_text_of_one(name: str) -> None:
     data = MODES[name]
 
     assert image_bytes(data) == data
@@ -92,7 +92,7 @@ def test_an_image_is_found_in_a_bytes_element_raw_or_as_base64_text(name: str) -
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"%PDF-1.7", b"<svg/>", b"P6 1 1 255 abc", b"\0\0\1\0" + b"\0" * 60])
-def test_what_is_no_image_of_the_promised_formats_is_refused(data: bytes) -> None:
+def test_data_of_an_unsupported_format_is_refused(data: bytes) -> None:
     with pytest.raises(
         InvalidInput, match=r"^neither an image \(JPEG, PNG, WEBP, GIF, BMP, TIFF\) nor base64 text of one$"
     ):

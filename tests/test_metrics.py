@@ -1,4 +1,4 @@
-"""pinnace/metrics.py: what /metrics says after real requests, read with Prometheus' own parsers."""
+"""pinnace/observability/metrics.py: the values of /metrics after real requests, read with Prometheus' parsers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KSERVES_BUCKETS = "0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2
 FAILING = "--predictor=tests.support.predictors:Failing"
 
 
-def test_kserves_histograms_have_their_names_label_and_buckets(model_dir: Path) -> None:
+def test_kserves_histograms_have_their_names_labels_and_buckets(model_dir: Path) -> None:
     with run_server(f"--model_dir={model_dir}") as server:
         for _ in range(3):
             assert server.predict(make_v1_request(CAT)).status_code == 200
@@ -67,7 +67,7 @@ def test_requests_are_counted_by_protocol_and_outcome(google: ModuleType) -> Non
         }
 
 
-def test_what_was_answered_is_counted_with_its_bytes(google: ModuleType) -> None:
+def test_answered_requests_are_counted_with_their_bytes(google: ModuleType) -> None:
     body = json.dumps({"instances": ["a", "b"]})
     with run_server("--predictor=tests.support.predictors:Echo") as server:
         answer = server.predict(body)
@@ -79,7 +79,7 @@ def test_what_was_answered_is_counted_with_its_bytes(google: ModuleType) -> None
         assert metric_value(server, "pinnace_received_bytes_total", protocol="grpc") > 0
 
 
-def test_a_call_that_its_client_cancels_is_counted_so(
+def test_a_call_that_its_client_cancels_is_counted_as_cancelled(
     tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
     held = make_gate("held")
@@ -88,13 +88,13 @@ def test_a_call_that_its_client_cancels_is_counted_so(
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer"
         )
-        running_call = call.future(request, timeout=60)
+        call_in_flight = call.future(request, timeout=60)
         with held.open("wb"):
-            running_call.cancel()
+            call_in_flight.cancel()
             wait_for(lambda: requests_by_outcome(server) == {("grpc", "cancelled"): 1}, "one cancelled call")
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted_so() -> None:
+def test_a_request_whose_client_disconnects_in_the_middle_of_its_body_is_counted_as_cancelled() -> None:
     with run_server("--predictor=tests.support.predictors:Echo") as server:
         with server.connect() as connection:
             connection.sendall(
@@ -104,7 +104,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted_so() -> None:
         wait_for(lambda: requests_by_outcome(server) == {("v1", "cancelled"): 1}, "one cancelled request")
 
 
-def test_what_is_under_way_is_seen(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+def test_requests_in_flight_are_measured(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
     held = make_gate("held")
     with run_gated_server(tmp_path, predictor="GatedPredict") as server, ThreadPoolExecutor() as clients:
         assert metric_value(server, "pinnace_requests_in_flight") == 0
@@ -116,14 +116,14 @@ def test_what_is_under_way_is_seen(tmp_path: Path, make_gate: Callable[[str], Pa
         assert metric_value(server, "pinnace_requests_in_flight") == 0
 
 
-def test_rows_and_not_requests_make_the_size_of_a_batch() -> None:
+def test_the_size_of_a_batch_is_its_number_of_rows() -> None:
     with run_server("--predictor=tests.support.predictors:Echo") as server:
         server.predict(json.dumps({"instances": [1, 2, 3]}))
 
         assert metric_value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 3
 
 
-def test_openmetrics_is_given_where_it_is_asked_for(server: Server) -> None:
+def test_openmetrics_is_returned_to_a_client_that_accepts_it(server: Server) -> None:
     accept = "application/openmetrics-text; version=1.0.0; escaping=underscores"
     response = httpx.get(f"{server.url}/metrics", headers={"accept": accept})
 
@@ -134,7 +134,7 @@ def test_openmetrics_is_given_where_it_is_asked_for(server: Server) -> None:
     assert {"request_predict_seconds", "pinnace_requests", "process_resident_memory_bytes", "python_info"} <= names
 
 
-def test_the_process_is_measured_too(server: Server) -> None:
+def test_the_memory_of_the_process_is_measured(server: Server) -> None:
     resident = metric_value(server, "process_resident_memory_bytes")
 
     statm: Any = Path(f"/proc/{server.process.pid}/statm").read_text().split()

@@ -1,4 +1,4 @@
-"""pinnace/engine.py: which file, which device, how many threads, and what is no model."""
+"""pinnace/runtimes/onnx.py: the model file, the device, the number of threads, and the errors."""
 
 from __future__ import annotations
 
@@ -19,49 +19,48 @@ PIXELS = np.zeros((1, 3, 224, 224), np.float32)
 
 
 @pytest.fixture
-def copy_dir(model_dir: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+def model_copy(model_dir: Path, tmp_path: Path) -> Path:
+    """Copy the model, so that a test may damage it."""
     return shutil.copytree(model_dir, tmp_path / "model")
 
 
-def test_a_model_is_a_directory_with_one_onnx_file_or_the_file_itself(model_dir: Path) -> None:
-    of_directory = OnnxSession(model_dir, "cpu", 1).run({"pixels": PIXELS})
-    of_file = OnnxSession(model_dir / "model.onnx", "cpu", 1).run({"pixels": PIXELS})
+def test_a_model_is_loaded_from_a_directory_with_one_onnx_file_or_from_the_file(model_dir: Path) -> None:
+    from_directory = OnnxSession(model_dir, "cpu", 1).run({"pixels": PIXELS})
+    from_file = OnnxSession(model_dir / "model.onnx", "cpu", 1).run({"pixels": PIXELS})
 
-    assert of_directory.keys() == {"logits"}
-    np.testing.assert_array_equal(of_directory["logits"], of_file["logits"])
+    assert from_directory.keys() == {"logits"}
+    np.testing.assert_array_equal(from_directory["logits"], from_file["logits"])
 
 
-def test_the_models_threads_are_the_quotas_and_not_the_hosts(model_dir: Path) -> None:
-    def threads_started(threads: int) -> int:
-        gc.collect()  # threads of engines that earlier tests have left
+def test_the_default_number_of_threads_is_the_cpu_quota(model_dir: Path) -> None:
+    def count_started_threads(threads: int) -> int:
+        gc.collect()  # ends the threads of sessions of earlier tests
         before = len(os.listdir("/proc/self/task"))
-        engine = OnnxSession(model_dir, "cpu", threads)
-        return len(os.listdir("/proc/self/task")) - before + (engine.device == "cpu")  # the caller's thread works too
+        session = OnnxSession(model_dir, "cpu", threads)
+        started = len(os.listdir("/proc/self/task")) - before
+        return started + (session.device == "cpu")  # the caller's thread computes too
 
-    assert threads_started(0) == available_cpus()
-    assert threads_started(5) == 5
+    assert count_started_threads(0) == available_cpus()
+    assert count_started_threads(5) == 5
 
 
-def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(
-    model_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto_takes_the_cpu_without_a_gpu_and_logs_it(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     if HAS_CUDA:
-        pytest.skip("this onnxruntime has CUDA: the test of auto without it says nothing here")
+        pytest.skip("this onnxruntime has CUDA, and this test is for one without")
     with caplog.at_level("INFO"):
         assert OnnxSession(model_dir, "auto", 2).device == "cpu"
 
     assert caplog.messages == ["model.onnx runs on cpu, 2 threads"]
 
 
-def test_cuda_that_cannot_be_had_is_an_error_where_it_was_demanded(model_dir: Path) -> None:
+def test_device_cuda_without_a_gpu_is_an_error(model_dir: Path) -> None:
     if HAS_CUDA:
-        pytest.skip("this onnxruntime has CUDA: the test of a demand without it says nothing here")
+        pytest.skip("this onnxruntime has CUDA, and this test is for one without")
     with pytest.raises(DeviceUnavailable, match=r"install requirements-gpu\.txt; --device=auto takes the CPU instead$"):
         OnnxSession(model_dir, "cuda", 1)
 
 
-def test_cuda_answers_as_the_cpu_does(model_dir: Path) -> None:
+def test_cuda_gives_the_logits_of_the_cpu(model_dir: Path) -> None:
     if not HAS_CUDA:
         pytest.skip("no CUDA in this onnxruntime: on a GPU this compares its logits with the CPU's, within 1e-2")
     random = np.random.default_rng(0).standard_normal((4, 3, 224, 224)).astype(np.float32)
@@ -71,51 +70,51 @@ def test_cuda_answers_as_the_cpu_does(model_dir: Path) -> None:
     np.testing.assert_allclose(on_cuda, OnnxSession(model_dir, "cpu", 1).run({"pixels": random})["logits"], atol=1e-2)
 
 
-def test_no_model_anywhere_says_where_it_was_looked_for() -> None:
+def test_the_error_of_a_missing_model_names_the_searched_paths() -> None:
     with pytest.raises(ModelFileNotFound, match=r"^no model in /mnt/models nor in model/: run `make model`"):
         OnnxSession(None, "cpu", 1)
 
 
-def test_a_directory_without_or_with_two_models_says_what_it_holds(copy_dir: Path) -> None:
-    shutil.copy(copy_dir / "model.onnx", copy_dir / "other.onnx")
+def test_the_error_of_a_directory_without_or_with_two_models_lists_them(model_copy: Path) -> None:
+    shutil.copy(model_copy / "model.onnx", model_copy / "other.onnx")
     with pytest.raises(ModelFileNotFound, match=r"exactly one \.onnx file, and holds model\.onnx, other\.onnx"):
-        OnnxSession(copy_dir, "cpu", 1)
+        OnnxSession(model_copy, "cpu", 1)
 
-    for file in copy_dir.glob("*.onnx"):
+    for file in model_copy.glob("*.onnx"):
         file.unlink()
     with pytest.raises(ModelFileNotFound, match=r"exactly one \.onnx file, and holds none"):
-        OnnxSession(copy_dir, "cpu", 1)
+        OnnxSession(model_copy, "cpu", 1)
 
 
-def test_a_hidden_file_is_no_model(copy_dir: Path) -> None:
-    shutil.copy(copy_dir / "model.onnx", copy_dir / ".old.onnx")
+def test_a_hidden_file_is_ignored(model_copy: Path) -> None:
+    shutil.copy(model_copy / "model.onnx", model_copy / ".old.onnx")
 
-    assert OnnxSession(copy_dir, "cpu", 1).device == "cpu"
+    assert OnnxSession(model_copy, "cpu", 1).device == "cpu"
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "cut weights", "no weights"])
-def test_a_damaged_model_is_one_error_with_one_line(damage: str, copy_dir: Path) -> None:
-    (weights,) = copy_dir.glob("*.weights")
+def test_a_damaged_model_is_an_error_of_one_line(damage: str, model_copy: Path) -> None:
+    (weights,) = model_copy.glob("*.weights")
     if damage == "garbage":
-        (copy_dir / "model.onnx").write_bytes(os.urandom(1000))
+        (model_copy / "model.onnx").write_bytes(os.urandom(1000))
     elif damage == "empty":
-        (copy_dir / "model.onnx").write_bytes(b"")
+        (model_copy / "model.onnx").write_bytes(b"")
     elif damage == "cut weights":
         os.truncate(weights, weights.stat().st_size // 2)
     else:
         weights.unlink()
 
     with pytest.raises(ModelLoadError) as error:
-        OnnxSession(copy_dir, "cpu", 1)
+        OnnxSession(model_copy, "cpu", 1)
 
-    assert str(error.value).startswith(f"{copy_dir}/model.onnx cannot be loaded (")
+    assert str(error.value).startswith(f"{model_copy}/model.onnx cannot be loaded (")
     assert str(error.value).endswith("; export the model again")
     assert "\n" not in str(error.value)
 
 
 @pytest.fixture
 def nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An nvidia-smi that answers for GPU 1, as Ray would choose it."""
+    """Put an nvidia-smi that answers for GPU 1 on the PATH, and select that GPU as Ray does."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\n[ "$3" = --id=1 ] && echo 81559\n')
     tool.chmod(0o755)
@@ -124,20 +123,20 @@ def nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tool
 
 
-def test_a_share_of_the_gpus_memory_is_one_of_all_that_it_has(nvidia: Path) -> None:
+def test_gpu_memory_percent_is_relative_to_the_total_memory(nvidia: Path) -> None:
     assert gpu_memory_bytes(50) == 81559 * 2**20 // 2
 
 
-def test_a_share_without_a_gpu_is_an_error_that_names_the_setting(nvidia: Path) -> None:
+def test_gpu_memory_percent_without_a_gpu_is_an_error(nvidia: Path) -> None:
     nvidia.write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(DeviceUnavailable, match="--gpu_memory_percent=50 needs nvidia-smi: "):
         gpu_memory_bytes(50)
 
 
-def test_two_models_of_half_a_gpu_share_it(model_dir: Path) -> None:
+def test_two_models_share_a_gpu(model_dir: Path) -> None:
     if not HAS_CUDA:
         pytest.skip("no CUDAExecutionProvider in this onnxruntime: on a GPU this loads two models of half its memory")
-    engines = [OnnxSession(model_dir, "cuda", 1, gpu_memory_percent=50) for _ in range(2)]
+    sessions = [OnnxSession(model_dir, "cuda", 1, gpu_memory_percent=50) for _ in range(2)]
 
-    first, second = (engine.run({"pixels": PIXELS})["logits"] for engine in engines)
+    first, second = (session.run({"pixels": PIXELS})["logits"] for session in sessions)
     np.testing.assert_array_equal(first, second)

@@ -1,4 +1,4 @@
-"""pinnace/ray_engine.py: the same answers from replicas of Ray Serve, side by side, and what becomes of lost ones."""
+"""pinnace/runtimes/ray_model.py: the same answers from replicas in Ray Serve, and the loss of replicas."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 PICTURES = list(PHOTOGRAPHS.values())
 
 
-def replicas(ancestor: subprocess.Popen[Any], model: str = "custom-model") -> set[int]:
-    """The processes of a model's replicas."""
-    return below(ancestor, "-f", f"^ray::ServeReplica:{model}:")
+def find_replicas(ancestor: subprocess.Popen[Any], model: str = "custom-model") -> set[int]:
+    """Return the process ids of the model's replicas."""
+    return find_descendants(ancestor, "-f", f"^ray::ServeReplica:{model}:")
 
 
-def below(ancestor: subprocess.Popen[Any], *pattern: str) -> set[int]:
+def find_descendants(ancestor: subprocess.Popen[Any], *pattern: str) -> set[int]:
+    """Return the ids of the descendants that match the arguments of pgrep."""
     found = subprocess.run(["pgrep", *pattern], capture_output=True, text=True, check=False).stdout.split()
-    return {int(process) for process in found if is_alive(int(process)) and is_below(int(process), ancestor.pid)}
+    return {int(process) for process in found if is_alive(int(process)) and is_descendant(int(process), ancestor.pid)}
 
 
-def is_below(process: int, ancestor: int) -> bool:
-    """A replica is Ray's child, and Ray is its starter's."""
+def is_descendant(process: int, ancestor: int) -> bool:
+    """Return whether `process` descends from `ancestor`: a replica is a child of Ray, and Ray of the server."""
     while process > 1 and process != ancestor:
         process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     return process == ancestor
@@ -54,7 +55,7 @@ def is_below(process: int, ancestor: int) -> bool:
 
 @pytest.fixture(scope="module")
 def on_ray(model_dir: Path) -> Iterator[Server]:
-    """Two replicas of one model, and another model beside it."""
+    """Serve a model with two replicas and a second model."""
     models = f"--model=custom-model={model_dir},failing="
     with run_server(*RAY, "--num_replicas=2", models, "--predictor=failing=tests.support.predictors:Failing") as server:
         yield server
@@ -62,17 +63,19 @@ def on_ray(model_dir: Path) -> Iterator[Server]:
 
 
 @needs_ray
-def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
+def test_answers_over_every_protocol_are_bit_equal_to_those_of_the_local_engine(
     on_ray: Server, server: Server, google: ModuleType
 ) -> None:
     pixels = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
     with (
-        grpc.insecure_channel(on_ray.grpc_address) as there,
-        grpc.insecure_channel(server.grpc_address) as here,
+        grpc.insecure_channel(on_ray.grpc_address) as ray_channel,
+        grpc.insecure_channel(server.grpc_address) as local_channel,
     ):
         for request in (make_image_request(google, *PICTURES, id="1"), make_tensor_request(google, pixels, raw=True)):
             request.id = "1"
-            assert call_grpc(there, google, "ModelInfer", request) == call_grpc(here, google, "ModelInfer", request)
+            assert call_grpc(ray_channel, google, "ModelInfer", request) == call_grpc(
+                local_channel, google, "ModelInfer", request
+            )
     classified = json.dumps({"signature_name": "classification", **json.loads(make_v1_request(PICTURES[0]))})
     outputs = [{"name": name} for name in ("logits", "labels", "probabilities", "indices")]
     v2 = json.dumps(
@@ -94,14 +97,14 @@ def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
 
 
 @needs_ray
-def test_errors_are_those_of_the_local_engine(on_ray: Server, server: Server) -> None:
+def test_errors_equal_those_of_the_local_engine(on_ray: Server, server: Server) -> None:
     for body in (make_v1_request(b"\xff\xd8\xff"), "{", '{"instances": []}', '{"instances": [1]}'):
-        there, here = on_ray.predict(body), server.predict(body)
-        assert (there.status_code, there.json()) == (here.status_code, here.json())
+        on_replica, locally = on_ray.predict(body), server.predict(body)
+        assert (on_replica.status_code, on_replica.json()) == (locally.status_code, locally.json())
 
 
 @needs_ray
-def test_what_nobody_foresaw_is_told_to_the_log_and_not_to_the_client(on_ray: Server) -> None:
+def test_an_unexpected_exception_in_a_replica_is_an_internal_error_without_its_text(on_ray: Server) -> None:
     answer = on_ray.post("/v1/models/failing:predict", '{"instances": ["KeyError"]}')
 
     assert (answer.status_code, answer.json()) == (500, {"error": "Internal server error"})
@@ -110,43 +113,46 @@ def test_what_nobody_foresaw_is_told_to_the_log_and_not_to_the_client(on_ray: Se
 
 
 @needs_ray
-def test_headers_ids_and_metrics_are_those_of_the_server(on_ray: Server) -> None:
+def test_headers_request_ids_and_metrics_are_set_as_with_the_local_engine(on_ray: Server) -> None:
     before = metric_value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model")
-    answer = on_ray.predict(make_v1_request(*PICTURES[:3]), x_request_id="one of ours")
+    answer = on_ray.predict(make_v1_request(*PICTURES[:3]), x_request_id="mine")
 
-    assert answer.headers["x-request-id"] == "one of ours"
+    assert answer.headers["x-request-id"] == "mine"
     assert 0 < float(answer.headers["prediction-time-latency"]) < 60_000
     assert metric_value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model") - before == 3
     assert metric_value(on_ray, "request_predict_seconds_count", model_name="custom-model") > 0
 
 
 @needs_ray
-def test_a_replica_that_is_killed_under_load_costs_no_answer_and_comes_back(on_ray: Server) -> None:
+def test_a_replica_that_is_killed_under_load_loses_no_request_and_is_replaced(on_ray: Server) -> None:
     alone = on_ray.predict(make_v1_request(PICTURES[0])).json()
-    first = replicas(on_ray.process)
+    first = find_replicas(on_ray.process)
     assert len(first) == 2
 
-    def answers(client: httpx.Client) -> list[Any]:
+    def predict_25_times(client: httpx.Client) -> list[Any]:
         url = f"{on_ray.url}/v1/models/custom-model:predict"
         return [client.post(url, content=make_v1_request(PICTURES[0])).json() for _ in range(25)]
 
     with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as clients:
-        given = [clients.submit(answers, client) for _ in range(8)]
+        given = [clients.submit(predict_25_times, client) for _ in range(8)]
         wait_for(lambda: metric_value(on_ray, "pinnace_requests_queued_or_running") > 1, "two requests in flight")
         killed_at = time.monotonic()
         os.kill(min(first), signal.SIGKILL)
         assert [answer for answered in given for answer in answered.result()] == [alone] * 200
-    while len(replicas(on_ray.process)) != 2 or min(first) in replicas(on_ray.process):
-        assert time.monotonic() - killed_at < BACK_SECONDS
-        on_ray.get("/")
+
+    def is_replaced() -> bool:
+        replicas = find_replicas(on_ray.process)
+        return len(replicas) == 2 and min(first) not in replicas
+
+    wait_for(is_replaced, "a new replica", killed_at + BACK_SECONDS - time.monotonic())
 
 
 @needs_ray
-def test_a_model_that_has_lost_every_replica_answers_again_by_itself(on_ray: Server) -> None:
+def test_a_model_that_has_lost_every_replica_recovers(on_ray: Server) -> None:
     request = '{"instances": ["InvalidInput"]}'
     assert on_ray.post("/v1/models/failing:predict", request).status_code == 400
     killed_at = time.monotonic()
-    for process in replicas(on_ray.process, "failing"):
+    for process in find_replicas(on_ray.process, "failing"):
         os.kill(process, signal.SIGKILL)
     while (answer := on_ray.post("/v1/models/failing:predict", request)).status_code != 400:
         assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
@@ -154,34 +160,34 @@ def test_a_model_that_has_lost_every_replica_answers_again_by_itself(on_ray: Ser
 
 
 @needs_ray
-def test_a_request_that_its_replicas_die_of_is_refused_and_the_model_comes_back() -> None:
+def test_a_request_that_kills_its_replicas_gets_503_and_the_model_recovers() -> None:
     with run_server(*RAY, "--num_replicas=2", "--predictor=tests.support.predictors:KillsItself") as server:
         died_at = time.monotonic()
         refused = server.predict('{"instances": [0]}')
         assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
-        while server.predict('{"instances": [1]}').status_code != 200:
-            assert time.monotonic() - died_at < BACK_SECONDS
+        seconds_left = died_at + BACK_SECONDS - time.monotonic()
+        wait_for(lambda: server.predict('{"instances": [1]}').status_code == 200, "a new replica", seconds_left)
 
 
 @needs_ray
-def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(make_gate: Callable[[str], Path]) -> None:
+def test_a_busy_replica_delays_neither_another_model_nor_another_replica(make_gate: Callable[[str], Path]) -> None:
     held = make_gate("held")
     flags = ("--model=slow=,quick=", "--predictor=tests.support.predictors:BatchSize", "--max_ongoing_requests=1")
 
-    def ask(model: str, instance: str) -> Any:
+    def predict(model: str, instance: str) -> Any:
         return server.post(f"/v1/models/{model}:predict", json.dumps({"instances": [instance]})).json()
 
     with run_server(*RAY, "--num_replicas=2", *flags) as server, ThreadPoolExecutor(1) as client:
-        slow = client.submit(ask, "slow", str(held))
+        slow = client.submit(predict, "slow", str(held))
         with held.open("wb"):
-            assert ask("quick", "a") == {"predictions": [1]}
-            assert [ask("slow", "a") for _ in range(4)] == [{"predictions": [1]}] * 4
+            assert predict("quick", "a") == {"predictions": [1]}
+            assert [predict("slow", "a") for _ in range(4)] == [{"predictions": [1]}] * 4
             assert not slow.done()
         assert slow.result() == {"predictions": [1]}
 
 
 @needs_ray
-def test_a_call_past_its_deadline_leaves_the_replicas_queue(
+def test_a_call_past_its_deadline_is_removed_from_the_replicas_queue(
     make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
     held = make_gate("held")
@@ -196,7 +202,7 @@ def test_a_call_past_its_deadline_leaves_the_replicas_queue(
             call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
             with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
                 call(late, timeout=1)
-            for _ in range(20):  # ways to the replica and back, by which it has heard of that
+            for _ in range(20):  # round trips to the replica, after which it has processed the cancellation
                 assert server.predict('{"instances": []}').status_code == 400
         assert first.result().json() == {"predictions": [1]}
         assert server.predict('{"instances": ["a"]}').json() == {"predictions": [1]}
@@ -215,7 +221,7 @@ def test_a_model_is_unloaded_and_loaded_again() -> None:
 
 
 @needs_ray
-def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_its_own(
+def test_the_server_ends_with_its_own_exit_code_after_its_requests_when_the_ray_head_is_lost(
     make_gate: Callable[[str], Path],
 ) -> None:
     held = make_gate("held")
@@ -225,7 +231,7 @@ def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_i
     ):
         answer = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
         with held.open("wb"):
-            (head,) = below(server.process, "gcs_server")
+            (head,) = find_descendants(server.process, "gcs_server")
             os.kill(head, signal.SIGKILL)
             server.wait_for_line(re.compile("stopping: 1 requests to answer"))
         assert answer.result().json() == {"predictions": [1]}
@@ -234,7 +240,7 @@ def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_i
 
 
 @needs_ray
-def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_reason() -> None:
+def test_a_model_that_no_replica_can_load_stops_the_start_with_a_reason() -> None:
     code, lines = expect_start_failure(
         *RAY, "--predictor=tests.support.predictors:FailingLoad", "--http_port=0", "--grpc_port=0"
     )
@@ -249,7 +255,7 @@ def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_rea
 @pytest.mark.parametrize(
     "flag", ['--ray_actor_options={"num_cpus": "many"}', '--autoscaling_config={"min_replicas": 3, "max_replicas": 2}']
 )
-def test_options_that_ray_refuses_end_the_start_with_one_line(flag: str) -> None:
+def test_options_that_ray_refuses_stop_the_start_with_one_line(flag: str) -> None:
     code, lines = expect_start_failure(
         "--engine=ray", flag, "--predictor=tests.support.predictors:Echo", "--http_port=0"
     )
@@ -259,7 +265,7 @@ def test_options_that_ray_refuses_end_the_start_with_one_line(flag: str) -> None
 
 
 @needs_ray
-def test_a_fraction_of_a_gpu_is_that_fraction_of_its_memory() -> None:
+def test_a_replica_with_a_fraction_of_a_gpu_takes_that_fraction_of_its_memory() -> None:
     code = (
         "from pinnace.runtimes.ray_model import gpu_memory_percent; from pinnace.settings import Settings;"
         "print([gpu_memory_percent(Settings(), gpus) for gpus in (0, 0.5, 0.25, 1, 2)])"
@@ -270,8 +276,8 @@ def test_a_fraction_of_a_gpu_is_that_fraction_of_its_memory() -> None:
 
 
 @contextmanager
-def ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`ray start` for as long as the `with` lasts, and what it has printed until it was up."""
+def run_ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `ray start` during the `with` block. Yield the process and what it printed until it was up."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *flags]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | SECRET
@@ -290,24 +296,24 @@ def ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], s
 
 
 @needs_ray
-def test_a_cluster_runs_each_model_on_a_node_and_goes_on_without_one_of_them() -> None:
-    flags = ("--engine=ray", "--model=one=,other=", "--predictor=tests.support.predictors:Echo")
+def test_a_cluster_keeps_serving_the_other_model_when_a_node_is_lost() -> None:
+    flags = ("--engine=ray", "--model=first=,second=", "--predictor=tests.support.predictors:Echo")
 
-    def ask(model: str) -> Any:
+    def predict(model: str) -> Any:
         return server.post(f"/v1/models/{model}:predict", '{"instances": ["a"]}').json()
 
     with ExitStack() as stack:
-        head = ray_node("--address=", "--head", "--port=0", "--num-cpus=0", "--include-dashboard=false")
+        head = run_ray_node("--address=", "--head", "--port=0", "--num-cpus=0", "--include-dashboard=false")
         (address,) = re.findall(r"--address='(.*)'", stack.enter_context(head)[1])
-        nodes = [ray_node("Ray runtime started", f"--address={address}", "--num-cpus=1") for _ in range(2)]
+        nodes = [run_ray_node("Ray runtime started", f"--address={address}", "--num-cpus=1") for _ in range(2)]
         (first, _), (second, _) = map(stack.enter_context, nodes)
         server = stack.enter_context(run_server(*flags, environment=os.environ | SECRET | {"RAY_ADDRESS": address}))
-        assert [ask("one"), ask("other")] == [{"predictions": ["a"]}] * 2
-        (lost,) = [model for model in ("one", "other") if replicas(first, model)]
-        (kept,) = [model for model in ("one", "other") if replicas(second, model)]
+        assert [predict("first"), predict("second")] == [{"predictions": ["a"]}] * 2
+        (lost,) = [model for model in ("first", "second") if find_replicas(first, model)]
+        (kept,) = [model for model in ("first", "second") if find_replicas(second, model)]
         assert lost != kept
         first.terminate()
         server.wait_for_line(re.compile(f"{lost} is not ready"))
-        assert ask(kept) == {"predictions": ["a"]}
+        assert predict(kept) == {"predictions": ["a"]}
         assert server.get("/v2/health/ready").status_code == 200
         assert server.stop() == 0

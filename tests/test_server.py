@@ -1,4 +1,4 @@
-"""app.py and serving/lifecycle.py as processes: how they start, fail, drain and stop."""
+"""app.py and pinnace/process/server.py: how the process starts, fails to start, drains and stops."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_signal_ends_an_idle_server_with_exit_0(number: signal.Signals) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_in_flight_on_both_ports_is_answered_before_the_end(
+def test_requests_in_flight_on_both_ports_are_answered_before_the_server_stops(
     number: signal.Signals, tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
     gates = [make_gate("rest"), make_gate("grpc")]
@@ -82,7 +82,7 @@ def test_a_stopping_server_refuses_new_connections_and_closes_idle_ones(
 
 
 @pytest.mark.parametrize("predictor", ["Gated", "GatedPredict"])
-def test_a_request_that_outlasts_the_grace_period_is_cut_and_counted(
+def test_requests_that_outlast_the_grace_period_are_cancelled_and_counted(
     predictor: str, tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
     stuck = make_gate("stuck")
@@ -114,7 +114,7 @@ def test_a_second_signal_stops_at_once(workers: str, tmp_path: Path, make_gate: 
     assert "app.py: stopped at a second signal with 1 requests unanswered\n" in server.log
 
 
-def test_a_stopping_server_is_not_ready_and_answers_until_the_drain_delay_is_over(google: ModuleType) -> None:
+def test_a_stopping_server_is_not_ready_but_answers_during_the_drain_delay(google: ModuleType) -> None:
     with run_server(ECHO, "--drain_delay_seconds=20") as server, grpc.insecure_channel(server.grpc_address) as channel:
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_line(STOPPING)
@@ -127,11 +127,11 @@ def test_a_stopping_server_is_not_ready_and_answers_until_the_drain_delay_is_ove
         assert not call_grpc(channel, google, "ModelReady", google.ModelReadyRequest(name="custom-model")).ready
         assert predict_over_rest(server, "a").json() == {"predictions": ["a"]}
         assert len(infer_over_grpc(server, google, "a").outputs) == 1
-        assert server.stop() == 0  # at once, by a second signal
+        assert server.stop() == 0  # the second signal ends the drain delay
 
 
-def test_a_stopping_server_sends_keep_alive_clients_elsewhere() -> None:
-    """They would stay with it to the end of the delay, and be cut there in the midst of a next request."""
+def test_a_stopping_server_closes_keep_alive_connections_with_its_answers() -> None:
+    """Otherwise they would stay connected until the end of the delay, and lose a request that they send then."""
     with run_server(ECHO, "--drain_delay_seconds=20") as server, httpx.Client(base_url=server.url) as client:
         assert "connection" not in client.get("/v1/models").headers
         server.process.send_signal(signal.SIGTERM)
@@ -150,16 +150,14 @@ def test_the_drain_delay_ends_by_itself() -> None:
     assert 1 <= time.monotonic() - stopped_at < 10
 
 
-def test_a_handler_that_never_returns_does_not_hold_up_the_end(
-    tmp_path: Path, make_gate: Callable[[str], Path]
-) -> None:
+def test_a_handler_that_never_returns_does_not_delay_the_stop(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
     make_gate("never")
     with run_gated_server(tmp_path, "--request_timeout_seconds=1") as server:
         assert predict_over_rest(server, "never").status_code == 504
         assert server.stop() == 0
 
 
-def test_a_thread_of_a_predictors_own_does_not_hold_up_the_end_nor_that_of_a_check() -> None:
+def test_a_thread_of_a_predictor_delays_neither_a_stop_nor_the_end_of_a_check() -> None:
     predictor = "--predictor=tests.support.predictors:WithThread"
     with run_server(predictor) as server:
         assert server.stop() == 0
@@ -167,7 +165,7 @@ def test_a_thread_of_a_predictors_own_does_not_hold_up_the_end_nor_that_of_a_che
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_when_all_is_answered_changes_nothing(number: signal.Signals) -> None:
+def test_a_second_signal_after_the_last_answer_changes_nothing(number: signal.Signals) -> None:
     with run_server(ECHO) as server:
         server.process.send_signal(number)
         server.wait_for_line(re.compile("stopped$"))
@@ -176,20 +174,20 @@ def test_a_second_signal_when_all_is_answered_changes_nothing(number: signal.Sig
     assert server.log[-1].endswith("stopped\n")
 
 
-def test_a_signal_while_the_model_loads_ends_at_once_with_exit_0(tmp_path: Path) -> None:
+def test_a_signal_while_the_model_loads_ends_the_start_with_exit_0(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "gate")
     command = [sys.executable, "app.py", "--predictor=tests.support.predictors:GatedLoad", f"--model_dir={tmp_path}"]
     with subprocess.Popen(
         [*command, "--http_port=0", "--grpc_port=0"], cwd=PROJECT, stderr=subprocess.PIPE, text=True
     ) as process:
-        with (tmp_path / "gate").open("wb"):  # opens when load() reads
+        with (tmp_path / "gate").open("wb"):  # blocks until load() reads it
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=30) == 0
         assert process.stderr
         assert process.stderr.read().endswith("SIGTERM before ready: stopped\n")
 
 
-def test_a_signal_amid_an_import_that_catches_all_ends_the_start_as_well() -> None:
+def test_a_signal_during_an_import_that_catches_all_exceptions_ends_the_start() -> None:
     code, lines = expect_start_failure(
         "--predictor=tests.support.interrupted:Nothing", "--http_port=0", "--grpc_port=0"
     )
@@ -198,7 +196,7 @@ def test_a_signal_amid_an_import_that_catches_all_ends_the_start_as_well() -> No
     assert lines[-1].endswith("SIGTERM before ready: stopped")
 
 
-def test_the_ports_are_free_when_the_server_has_stopped() -> None:
+def test_the_ports_are_free_after_the_server_has_stopped() -> None:
     with run_server("--predictor=tests.support.predictors:Echo") as first:
         first.stop()
 
@@ -208,7 +206,7 @@ def test_the_ports_are_free_when_the_server_has_stopped() -> None:
         assert second.get("/").status_code == 200
 
 
-def test_a_running_server_has_imported_neither_torch_nor_googles_protobuf(model_dir: Path, google: ModuleType) -> None:
+def test_a_running_server_has_imported_neither_torch_nor_google_protobuf(model_dir: Path, google: ModuleType) -> None:
     with run_server(f"--model_dir={model_dir}", python_flags=["-X", "importtime"]) as server:
         assert server.predict(make_v1_request(CAT)).status_code == 200
         with grpc.insecure_channel(server.grpc_address) as channel:
@@ -220,11 +218,11 @@ def test_a_running_server_has_imported_neither_torch_nor_googles_protobuf(model_
     assert not imported & {"torch", "torchvision", "onnx", "onnxscript", "google", "model_export", "fastapi", "uvicorn"}
 
 
-def test_a_running_server_sends_nobody_usage_data_and_leaves_no_files(model_dir: Path, tmp_path: Path) -> None:
-    """ONNX Runtime would: it then keeps an id in the temporary directory, and what it has not sent in the home."""
-    untold = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    with run_server(f"--model_dir={model_dir}", environment={**untold, **places}) as server:
+def test_a_running_server_sends_no_usage_data_and_leaves_no_files(model_dir: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry keeps an id in the temporary directory, and unsent data in the home directory."""
+    inherited = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    directories = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    with run_server(f"--model_dir={model_dir}", environment={**inherited, **directories}) as server:
         assert server.predict(make_v1_request(CAT)).status_code == 200
         assert server.stop() == 0
 
@@ -252,9 +250,9 @@ def test_a_seeded_model_warns_at_every_start(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--http_port", "--grpc_port"])
-def test_a_port_in_use_ends_the_start_with_its_code_and_one_line(flag: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_a_port_in_use_stops_the_start_with_its_exit_code_and_one_line(flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as in_use:
+        port = in_use.getsockname()[1]
         code, lines = expect_start_failure(ECHO, "--http_port=0", "--grpc_port=0", f"{flag}={port}")
 
     assert (code, len(lines)) == (3, 1)
@@ -288,16 +286,16 @@ def test_a_port_in_use_ends_the_start_with_its_code_and_one_line(flag: str) -> N
         ),
     ],
 )
-def test_a_start_that_cannot_succeed_ends_with_its_code_and_one_line(flags: list[str], code: int, problem: str) -> None:
-    ended, lines = expect_start_failure("--http_port=0", "--grpc_port=0", *flags)
+def test_a_failing_start_ends_with_its_exit_code_and_one_line(flags: list[str], code: int, problem: str) -> None:
+    exit_code, lines = expect_start_failure("--http_port=0", "--grpc_port=0", *flags)
 
-    assert (ended, len(lines)) == (code, 1)
+    assert (exit_code, len(lines)) == (code, 1)
     assert lines[0].startswith(problem)
 
 
 @pytest.mark.parametrize("flag", ["--model_dir=", "--model=a=", "--storage_uri="])
 @pytest.mark.parametrize("path", ["locked", "locked/model.onnx"])
-def test_a_model_that_may_not_be_read_ends_the_start_with_its_code_and_one_line(
+def test_an_unreadable_model_stops_the_start_with_its_exit_code_and_one_line(
     flag: str, path: str, tmp_path: Path
 ) -> None:
     (tmp_path / "locked").mkdir(mode=0)
@@ -310,14 +308,14 @@ def test_a_model_that_may_not_be_read_ends_the_start_with_its_code_and_one_line(
     assert done.stderr.startswith("app.py: ")
 
 
-def test_a_start_without_standard_error_is_one_all_the_same() -> None:
+def test_a_start_without_standard_error_succeeds() -> None:
     command = f"exec {sys.executable} app.py --check --predictor=tests.support.predictors:Echo 2>&-"
     done = subprocess.run(["sh", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
 
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "custom-model: ready")
 
 
-def test_cuda_that_cannot_be_had_ends_the_start_with_its_code_and_one_line(model_dir: Path) -> None:
+def test_unavailable_cuda_stops_the_start_with_its_exit_code_and_one_line(model_dir: Path) -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU here: the demand for CUDA may be met")
     code, lines = expect_start_failure(f"--model_dir={model_dir}", "--device=cuda", "--http_port=0", "--grpc_port=0")
@@ -326,7 +324,7 @@ def test_cuda_that_cannot_be_had_ends_the_start_with_its_code_and_one_line(model
     assert lines[0].startswith("app.py: --device=cuda, but CUDA cannot be had")
 
 
-def test_without_grpc_no_port_answers_it(google: ModuleType) -> None:
+def test_without_grpc_no_port_serves_grpc(google: ModuleType) -> None:
     with run_server(ECHO, "--enable_grpc=false") as server:
         with grpc.insecure_channel(f"127.0.0.1:{server.http_port}") as channel, pytest.raises(grpc.RpcError) as error:
             call_grpc(channel, google, "ServerLive", google.ServerLiveRequest())
@@ -353,14 +351,14 @@ def test_uvloop_serves_and_stops_as_asyncio_does(
         assert server.wait() == 0
 
 
-def test_the_protocol_that_the_platform_names_is_logged() -> None:
+def test_the_protocol_variable_of_the_platform_is_logged() -> None:
     with run_server(ECHO, environment={**os.environ, "PROTOCOL": "V2"}) as server:
         server.stop()
 
     assert [line for line in server.log if line.endswith("of which the platform wants v2\n")]
 
 
-def test_settings_are_taken_from_the_environment(model_dir: Path) -> None:
+def test_settings_are_read_from_the_environment(model_dir: Path) -> None:
     environment = {**os.environ, "PINNACE_MODEL_NAME": "flowers", "PINNACE_MODEL_DIR": str(model_dir)}
     with run_server(environment=environment) as server:
         assert server.get("/v1/models").json() == {"models": ["flowers"]}
