@@ -22,7 +22,7 @@ ECHO = "--predictor=tests.support.predictors:Echo"
 SIZES = "--predictor=tests.support.predictors:BatchSize"
 
 
-def refusal_body(limit: str) -> dict[str, str]:
+def make_refusal(limit: str) -> dict[str, str]:
     """Return the JSON of a refusal at a limit."""
     return {"error": f"The server is at its limit of {limit}; try again."}
 
@@ -39,7 +39,7 @@ def test_a_request_beyond_max_concurrent_requests_is_refused_at_once_with_retry_
                 infer_over_grpc(server, google, "another")
         assert answer.result().status_code == 200
 
-    text = refusal_body("requests (max_concurrent_requests)")
+    text = make_refusal("requests (max_concurrent_requests)")
     assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (503, text, "1")
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert error.value.details() == text["error"]
@@ -96,7 +96,7 @@ def test_rows_are_limited_as_well_as_requests(make_gate: Callable[[str], Path]) 
         answer = clients.submit(server.predict, json.dumps({"instances": [str(held), "a", "b"]}))
         with held.open("wb"):
             refused = server.predict('{"instances": ["c"]}')
-            assert (refused.status_code, refused.json()) == (503, refusal_body("rows (max_queue_rows)"))
+            assert (refused.status_code, refused.json()) == (503, make_refusal("rows (max_queue_rows)"))
         assert answer.result().json() == {"predictions": [3, 3, 3]}
         assert server.predict('{"instances": ["c"]}').json() == {"predictions": [1]}
 
@@ -126,7 +126,7 @@ def test_bodies_and_messages_together_take_no_more_memory_than_max_queue_bytes(
             answer = clients.submit(server.predict, body)
             with held.open("wb"):
                 refused = server.predict(" " * size)
-                assert (refused.status_code, refused.json()) == (503, refusal_body("bytes (max_queue_bytes)"))
+                assert (refused.status_code, refused.json()) == (503, make_refusal("bytes (max_queue_bytes)"))
                 with pytest.raises(grpc.RpcError, match="max_queue_bytes") as error:
                     call_grpc(channel, google, "ModelInfer", make_image_request(google, b" " * size))
                 assert error.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -162,7 +162,7 @@ def fast(model_dir: Path) -> Classifier:
     return classifier
 
 
-def difference_in_grey_levels(fast: Classifier, classifier: Classifier, picture: bytes) -> NDArray[np.float32]:
+def compare_grey_levels(fast: Classifier, classifier: Classifier, picture: bytes) -> NDArray[np.float32]:
     """Return the absolute differences of the pixels of the crop, on a scale of 255."""
     quick, exact = (each.preprocess(make_request(picture))["pixels"][0] for each in (fast, classifier))
     differences: NDArray[np.float32] = np.abs(quick - exact) * np.array(classifier.card.std)[:, None, None] * 255
@@ -177,7 +177,7 @@ def test_fast_decoding_of_a_jpeg_differs_by_three_grey_levels_on_average_and_har
     picture = Image.open(io.BytesIO(PHOTOGRAPHS[name])).convert("RGB")
     jpeg = encode_picture(picture.resize((picture.width * times, picture.height * times)), "JPEG", quality=90)
 
-    assert difference_in_grey_levels(fast, classifier, jpeg).mean() < 3
+    assert compare_grey_levels(fast, classifier, jpeg).mean() < 3
     quick, exact = (compute_logits(each, make_request(jpeg))[0] for each in (fast, classifier))
     assert quick @ exact / np.linalg.norm(quick) / np.linalg.norm(exact) > 0.999
 
@@ -186,7 +186,7 @@ def test_fast_decoding_of_a_jpeg_differs_by_three_grey_levels_on_average_and_har
 def test_fast_decoding_of_other_formats_differs_by_two_grey_levels_at_most(
     name: str, fast: Classifier, classifier: Classifier
 ) -> None:
-    assert difference_in_grey_levels(fast, classifier, MODES[name]).max() < 2.5
+    assert compare_grey_levels(fast, classifier, MODES[name]).max() < 2.5
 
 
 def test_fast_decoding_keeps_the_picture_at_least_as_large_as_the_resize_size(fast: Classifier) -> None:

@@ -39,7 +39,7 @@ def post(server: Server, content: Any, **headers: str) -> httpx.Response:
     return httpx.post(server.url + PREDICT, content=json.dumps(content), headers=headers)
 
 
-def test_a_structured_event_gets_a_structured_event(echo: Server) -> None:
+def test_a_structured_event_is_answered_with_a_structured_event(echo: Server) -> None:
     response = post(echo, EVENT, **{"content-type": STRUCTURED})
 
     event = response.json()
@@ -57,7 +57,7 @@ def test_a_structured_event_with_another_content_type_gets_a_plain_response(echo
     assert (response.headers["content-type"], response.json()) == ("application/json", ANSWER)
 
 
-def test_an_event_in_headers_gets_an_event_in_headers(echo: Server) -> None:
+def test_an_event_in_headers_is_answered_with_an_event_in_headers(echo: Server) -> None:
     response = post(echo, DATA, **HEADERS, **{"content-type": "application/json"})
 
     assert (response.headers["content-type"], response.json()) == ("application/json", ANSWER)

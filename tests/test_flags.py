@@ -1,4 +1,4 @@
-"""pinnace/process/flags.py: settings from flags and the environment, and the errors of invalid ones."""
+"""pinnace/command_line.py: where each setting comes from, and what stops the start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_flag_may_be_written_with_dashes_or_underscores() -> None:
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in fields(Settings)])
-def test_every_flag_has_an_environment_variable_and_overrides_it(name: str) -> None:
+def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None:
     text, other = {
         "model_name": ("a", "b"),
         "model_dir": ("/a", "/b"),
@@ -39,14 +39,14 @@ def test_every_flag_has_an_environment_variable_and_overrides_it(name: str) -> N
         "log_format": ("json", "text"),
     }.get(name, ("false", "true") if isinstance(getattr(Settings(), name), bool) else ("123", "231"))
 
-    required = {environment_variable(flag): "/file" for flag in ("ssl_certfile", "ssl_keyfile")}  # valid only together
-    variables = {**required, environment_variable(name): text}
+    beside = {environment_variable(one): "/beside" for one in ("ssl_certfile", "ssl_keyfile")}  # none goes alone
+    twin = {**beside, environment_variable(name): text}
 
-    assert parse_settings([], variables) == parse_settings([f"--{name}={text}"], required)
-    assert parse_settings([f"--{name}={other}"], variables) == parse_settings([f"--{name}={other}"], required)
+    assert parse_settings([], twin) == parse_settings([f"--{name}={text}"], beside)
+    assert parse_settings([f"--{name}={other}"], twin) == parse_settings([f"--{name}={other}"], beside)
 
 
-def test_a_setting_with_several_values_is_repeated_or_comma_separated() -> None:
+def test_what_may_be_several_is_repeated_or_separated_by_commas() -> None:
     assert (
         parse_settings(["--model=a=/a", "--model", "b=/b"], {})
         == parse_settings(["--model=a=/a,b=/b"], {})
@@ -55,7 +55,7 @@ def test_a_setting_with_several_values_is_repeated_or_comma_separated() -> None:
     )
 
 
-def test_an_empty_environment_variable_is_ignored() -> None:
+def test_an_empty_environment_variable_is_no_setting() -> None:
     assert (
         parse_settings([], {"PINNACE_HTTP_PORT": "", "PINNACE_MODEL_DIR": "", "PORT": "", "K_SERVICE": ""})
         == Settings()
@@ -76,7 +76,7 @@ def test_an_empty_environment_variable_is_ignored() -> None:
         (["--http_port=8081"], {"PINNACE_ENABLE_GRPC": "no"}, 8081, 8081),
     ],
 )
-def test_the_variable_port_sets_the_http_port_unless_it_is_the_grpc_port_or_a_setting_overrides_it(
+def test_port_moves_rest_unless_it_is_the_grpc_port_or_a_setting_says_otherwise(
     arguments: list[str], environment: dict[str, str], http_port: int, grpc_port: int
 ) -> None:
     settings = parse_settings(arguments, environment)
@@ -84,13 +84,13 @@ def test_the_variable_port_sets_the_http_port_unless_it_is_the_grpc_port_or_a_se
     assert (settings.http_port, settings.grpc_port) == (http_port, grpc_port)
 
 
-# KServe's flags and their defaults, from its parser. A comment says where the meaning differs here.
+# Its flags and their defaults, from its parser; beside those that are not the same here, why.
 KSERVES_FLAGS = {
     "http_port": "8080",
     "grpc_port": "8081",
     "workers": "1",
-    "max_threads": "4",  # no effect in KServe either
-    "max_asyncio_workers": "0",  # None and no effect in KServe; here the number of decode threads
+    "max_threads": "4",  # without effect there as well
+    "max_asyncio_workers": "0",  # None there, and without effect; here threads that decode
     "enable_grpc": "true",
     "enable_docs_url": "false",
     "enable_latency_logging": "true",
@@ -99,15 +99,15 @@ KSERVES_FLAGS = {
     "access_log_format": "",
     "event-loop": "auto",
     "timeout-keep-alive": "65",
-    "model_name": "custom-model",  # "model" in KServe; the tutorial's Procfile and requests say custom-model
-    "protocol": "",  # v1 in KServe, deprecated and unused
+    "model_name": "custom-model",  # "model" there: the tutorial's Procfile and requests say custom-model
+    "protocol": "",  # v1 there, deprecated and unused
     "grpc_max_send_message_length": "8388608",
     "grpc_max_receive_message_length": "8388608",
 }
 
 
 @pytest.mark.parametrize("flag", KSERVES_FLAGS)
-def test_kserves_flag_is_accepted_with_its_default(flag: str) -> None:
+def test_kserves_flag_is_taken_with_its_default(flag: str) -> None:
     default = KSERVES_FLAGS[flag]
 
     assert parse_settings([f"--{flag}={default}"] if default else [], {}) == Settings()
@@ -125,7 +125,7 @@ def test_kserves_flag_is_accepted_with_its_default(flag: str) -> None:
     ],
 )
 def test_kserves_flag_for_transformers_is_refused_and_explained(flag: str) -> None:
-    """KServe's server accepts them, but only a transformer uses them."""
+    """Its server takes them and, without a transformer's code, does nothing with them."""
     with pytest.raises(ConfigurationError, match="are for transformers: this is none"):
         parse_settings([flag], {})
 
@@ -137,20 +137,20 @@ def test_kserves_flag_for_transformers_is_refused_and_explained(flag: str) -> No
             "PORT",
             "9000",
             "http_port",
-        ),  # KServe's server does not read PORT and PROTOCOL, which the tutorial's commands set
+        ),  # KServe's server reads neither of the first two: the tutorial's commands set them
         ("PROTOCOL", "v2", "protocol"),
         ("CE_MERGE", "true", "ce_merge"),
         ("CE_TYPE", "a.b", "ce_type"),
         ("CE_SOURCE", "a.b", "ce_source"),
     ],
 )
-def test_kserves_variable_is_accepted(variable: str, text: str, setting: str) -> None:
-    """KSERVE_LOGLEVEL is tested in test_logging, STORAGE_URI in test_storage."""
+def test_kserves_variable_is_taken(variable: str, text: str, setting: str) -> None:
+    """KSERVE_LOGLEVEL is in test_logging; STORAGE_URI comes with storage."""
     assert parse_settings([], {variable: text}) == parse_settings([f"--{setting}={text}"], {})
 
 
 @pytest.mark.parametrize("text", ["v1", "V1", "V2", "grpc-v2"])
-def test_the_protocol_variable_is_accepted_in_any_case(text: str) -> None:
+def test_the_protocol_that_kserve_names_may_be_in_any_case(text: str) -> None:
     assert parse_settings([], {"PROTOCOL": text}).protocol == text.lower()
 
 
@@ -167,17 +167,17 @@ def test_on_knative_the_model_is_named_after_the_service(service: str, name: str
     assert parse_settings([], {"K_SERVICE": service}).model_name == name
 
 
-def test_model_name_overrides_the_service() -> None:
+def test_a_model_name_of_ones_own_overrules_the_service() -> None:
     assert parse_settings(["--model_name=roses"], {"K_SERVICE": "flowers-predictor"}).model_name == "roses"
 
 
 @pytest.mark.parametrize("text", ["y", "Yes", "t", "TRUE", "on", "1"])
-def test_a_boolean_flag_is_set_by_every_word_that_kserve_accepts(text: str) -> None:
+def test_a_switch_is_thrown_by_every_word_that_kserve_takes(text: str) -> None:
     assert parse_settings([f"--enable_grpc_reflection={text}"], {}).enable_grpc_reflection is True
 
 
 @pytest.mark.parametrize("text", ["n", "No", "f", "FALSE", "off", "0"])
-def test_a_boolean_flag_is_unset_by_every_word_that_kserve_accepts(text: str) -> None:
+def test_a_switch_is_undone_by_every_word_that_kserve_takes(text: str) -> None:
     environment = {"PINNACE_ENABLE_GRPC_REFLECTION": text}
 
     assert parse_settings([], environment).enable_grpc_reflection is False
@@ -231,7 +231,7 @@ def test_the_model_dir_is_a_path() -> None:
         ),
     ],
 )
-def test_an_invalid_setting_is_refused_in_one_line_that_names_its_source(
+def test_what_makes_no_sense_is_refused_in_one_line_that_names_its_source(
     arguments: list[str], environment: dict[str, str], problem: str
 ) -> None:
     with pytest.raises(ConfigurationError) as error:

@@ -1,4 +1,4 @@
-"""pinnace/process/healthcheck.py: the HEALTHCHECK command of the container."""
+"""pinnace/healthcheck.py: what a container's HEALTHCHECK is told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.pods import Pod, run_pod, skip_without_namespaces
 
 
 @pytest.fixture(scope="module")
-def moved_ports(model_dir: Path) -> Iterator[Pod]:
+def elsewhere(model_dir: Path) -> Iterator[Pod]:
     """A server whose flags have moved its ports."""
     skip_without_namespaces()
     with run_pod(["--http_port=9000", "--grpc_port=9001"], {"PATH": os.environ["PATH"]}, model_dir) as it:
@@ -25,13 +25,13 @@ def check(pod: Pod, process_id: int) -> str:
     return pod.run(sys.executable, "-m", "pinnace.process.healthcheck", str(process_id))
 
 
-def test_a_ready_server_is_healthy_at_the_port_that_its_flags_say(moved_ports: Pod) -> None:
-    assert check(moved_ports, moved_ports.server.process.pid) == ""
+def test_a_ready_server_is_healthy_at_the_port_that_its_flags_say(elsewhere: Pod) -> None:
+    assert check(elsewhere, elsewhere.server.process.pid) == ""
 
 
-def test_a_port_that_nobody_answers_is_not_healthy(moved_ports: Pod) -> None:
+def test_a_port_that_nobody_answers_is_not_healthy(elsewhere: Pod) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        check(moved_ports, os.getpid())
+        check(elsewhere, os.getpid())
 
     assert failed.value.returncode == 1
     assert failed.value.stderr.startswith("port 8080: ")

@@ -163,7 +163,7 @@ def test_a_worker_that_cannot_start_is_restarted_with_growing_delays(two: Server
     assert two.stop() == 0
 
 
-def test_a_worker_that_cannot_be_forked_is_tried_again(two: Server) -> None:
+def test_a_worker_that_cannot_start_for_lack_of_descriptors_is_tried_again(two: Server) -> None:
     killed, other = find_workers(two)
     _, hard_limit = resource.prlimit(two.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(two.process.pid, resource.RLIMIT_NOFILE, (3, hard_limit))

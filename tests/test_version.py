@@ -1,4 +1,4 @@
-"""pinnace.__version__: the changelog and the manifests name the same version."""
+"""The version in serving/__init__.py is the one that everything else names."""
 
 from __future__ import annotations
 
