@@ -45,7 +45,7 @@ test: $(VENV)/.dev .venv-kserve/.kserve
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-ray: $(VENV)/.dev $(VENV)/.ray
-	TEST_RAY=1 $(VENV)/bin/python -m pytest tests/test_ray_engine.py tests/test_ray_app.py
+	TEST_RAY=1 $(VENV)/bin/python -m pytest tests/test_ray_model.py tests/test_ray_app.py
 
 chaos: $(VENV)/.dev
 	TEST_CHAOS=1 $(VENV)/bin/python -m pytest -m slow tests/test_drain.py tests/test_chaos.py

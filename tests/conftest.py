@@ -1,4 +1,4 @@
-"""One exported model and one server for all tests that change neither."""
+"""Fixtures that several test modules share: an exported model, a server, gates, and google's messages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import grpc
 import pytest
 
 from model_export.source import Source, load_source
-from tests.servers import PROJECT, Server, running
+from tests.support.servers import PROJECT, Server, run_server
 
 
 @pytest.fixture(scope="session")
 def export_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """AlexNet with weights of seed 0, exported as a user would; its folder, and what was printed."""
+    """Export AlexNet with weights of seed 0 as a user would. The folder, and what the command printed."""
     folder = tmp_path_factory.mktemp("model")
     command = [sys.executable, "-m", "model_export", "--weights", "seeded:0", "--output", str(folder)]
     done = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
@@ -34,27 +33,30 @@ def model_dir(export_output: tuple[Path, str]) -> Path:
 
 @pytest.fixture(scope="session")
 def original() -> Source:
-    """The model that `model_dir` was exported from, in torch."""
+    """Load the torch model that `model_dir` was exported from."""
     return load_source("alexnet", "seeded:0")
 
 
 @pytest.fixture(scope="session")
 def server(model_dir: Path) -> Iterator[Server]:
-    with running(f"--model_dir={model_dir}") as server:
+    with run_server(f"--model_dir={model_dir}") as server:
         yield server
 
 
 @pytest.fixture(scope="session", params=["gRPC port", "HTTP port"])
 def channel(request: pytest.FixtureRequest, server: Server) -> Iterator[grpc.Channel]:
-    """Whatever is answered on the one port is answered on the other."""
+    """Open a channel to either port: both must answer alike."""
     port = server.grpc_port if request.param == "gRPC port" else server.http_port
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a FIFO that tests.predictors' Gated waits at; opening it to write means a request is inside."""
+def make_gate(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that makes a gate, a FIFO at which the gated predictors hold a request.
+
+    Opening it for writing blocks until a request has reached it. Closing it lets the request continue.
+    """
 
     def make(name: str) -> Path:
         os.mkfifo(tmp_path / name)
@@ -65,7 +67,7 @@ def gate(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def google(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """google.protobuf's own classes for our .proto: what other people's clients are made of."""
+    """Generate google.protobuf's classes from our .proto files, as other people's clients use them."""
     folder = tmp_path_factory.mktemp("google")
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROJECT}/proto", f"--python_out={folder}"]
     subprocess.run([*command, *(PROJECT / "proto").glob("*.proto")], cwd=PROJECT, check=True, timeout=60)
@@ -74,14 +76,3 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         return importlib.import_module("grpc_predict_v2_pb2")
     finally:
         sys.path.remove(str(folder))
-
-
-def grpc_call(channel: grpc.Channel, google: ModuleType, method: str, request: Any) -> Any:
-    """One call of the inference service, with google's messages."""
-    answer = getattr(google, f"{method}Response")
-    call: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
-        f"/inference.GRPCInferenceService/{method}",
-        request_serializer=lambda message: message.SerializeToString(),
-        response_deserializer=answer.FromString,
-    )
-    return call(request, timeout=60)

@@ -1,4 +1,4 @@
-"""pinnace/admission.py: who comes when there is no room is refused at once, and told when there will be."""
+"""pinnace/inference/admission.py: requests beyond a limit are refused at once, with the time after which to retry."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ import grpc
 import httpx
 import pytest
 
-from tests.conftest import grpc_call
-from tests.servers import gated, read_until, running
-from tests.test_grpc import image_request
-from tests.test_lifecycle import grpc_infer, rest
-from tests.test_metrics import ended, value, wait_for
+from tests.support.clients import call_grpc, infer_over_grpc, make_image_request, predict_over_rest
+from tests.support.metrics import metric_value, requests_by_outcome, wait_for_metric
+from tests.support.servers import read_until, run_gated_server, run_server
+from tests.support.waiting import wait_for
 
-ECHO = "--predictor=tests.predictors:Echo"
-SIZES = "--predictor=tests.predictors:BatchSize"
+ECHO = "--predictor=tests.support.predictors:Echo"
+SIZES = "--predictor=tests.support.predictors:BatchSize"
 
 
-def refusal(limit: str) -> dict[str, str]:
+def make_refusal(limit: str) -> dict[str, str]:
+    """Return the JSON of a refusal at a limit."""
     return {"error": f"The server is at its limit of {limit}; try again."}
 
 
-def test_one_request_more_than_allowed_is_refused_at_once_and_told_to_try_again(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+def test_a_request_beyond_max_concurrent_requests_is_refused_at_once_with_retry_after(
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    only = gate("only")
-    with gated(tmp_path, "--max_concurrent_requests=1") as server, ThreadPoolExecutor() as clients:
-        answer = clients.submit(rest, server, "only")
+    only = make_gate("only")
+    with run_gated_server(tmp_path, "--max_concurrent_requests=1") as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(predict_over_rest, server, "only")
         with only.open("wb"):
-            refused = rest(server, "another")
+            refused = predict_over_rest(server, "another")
             with pytest.raises(grpc.RpcError) as error:
-                grpc_infer(server, google, "another")
+                infer_over_grpc(server, google, "another")
         assert answer.result().status_code == 200
 
-    text = refusal("requests (max_concurrent_requests)")
+    text = make_refusal("requests (max_concurrent_requests)")
     assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (503, text, "1")
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert error.value.details() == text["error"]
 
 
-def test_a_refusal_does_not_wait_for_the_body(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    only = gate("only")
+def test_a_refusal_does_not_wait_for_the_body(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+    only = make_gate("only")
     with (
-        gated(tmp_path, "--max_concurrent_requests=1") as server,
+        run_gated_server(tmp_path, "--max_concurrent_requests=1") as server,
         ThreadPoolExecutor() as clients,
         server.connect() as connection,
     ):
-        answer = clients.submit(rest, server, "only")
+        answer = clients.submit(predict_over_rest, server, "only")
         with only.open("wb"):
             connection.sendall(
                 b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
@@ -62,25 +62,27 @@ def test_a_refusal_does_not_wait_for_the_body(tmp_path: Path, gate: Callable[[st
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
-def test_a_refused_client_is_told_to_wait_as_long_as_what_is_under_way_takes(
-    port: str, gate: Callable[[str], Path], google: ModuleType
+def test_retry_after_is_the_time_that_the_requests_in_flight_need(
+    port: str, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    gates = [gate("one"), gate("two")]
+    gates = [make_gate("first"), make_gate("second")]
     with (
-        running("--predictor=tests.predictors:Slow", "--max_concurrent_requests=2", "--max_batch_size=1") as server,
+        run_server(
+            "--predictor=tests.support.predictors:Slow", "--max_concurrent_requests=2", "--max_batch_size=1"
+        ) as server,
         ThreadPoolExecutor() as clients,
         grpc.insecure_channel(f"127.0.0.1:{server.grpc_port if port == 'gRPC port' else server.http_port}") as channel,
     ):
         for _ in range(2):
             assert server.predict('{"instances": ["0.7"]}').status_code == 200
-        answers = [clients.submit(server.predict, json.dumps({"instances": [str(held)]})) for held in gates]
-        wait_for(lambda: value(server, "pinnace_requests_in_flight") == 2, server)
+        answers = [clients.submit(server.predict, json.dumps({"instances": [str(gate)]})) for gate in gates]
+        wait_for_metric(server, "pinnace_requests_in_flight", 2)
 
         refused = server.predict('{"instances": ["0"]}')
         with pytest.raises(grpc.RpcError) as error:
-            grpc_call(channel, google, "ModelInfer", image_request(google, b"0"))
-        for held in gates:
-            clients.submit(held.write_bytes, b"")
+            call_grpc(channel, google, "ModelInfer", make_image_request(google, b"0"))
+        for gate in gates:
+            clients.submit(gate.write_bytes, b"")
         assert [answer.result().status_code for answer in answers] == [200, 200]
 
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
@@ -88,64 +90,66 @@ def test_a_refused_client_is_told_to_wait_as_long_as_what_is_under_way_takes(
     assert 1400 <= int(trailers["grpc-retry-pushback-ms"]) <= 2000
 
 
-def test_rows_count_and_not_requests_alone(gate: Callable[[str], Path]) -> None:
-    held = gate("held")
-    with running(SIZES, "--max_queue_rows=3") as server, ThreadPoolExecutor() as clients:
+def test_rows_are_limited_as_well_as_requests(make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
+    with run_server(SIZES, "--max_queue_rows=3") as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(server.predict, json.dumps({"instances": [str(held), "a", "b"]}))
         with held.open("wb"):
             refused = server.predict('{"instances": ["c"]}')
-            assert (refused.status_code, refused.json()) == (503, refusal("rows (max_queue_rows)"))
+            assert (refused.status_code, refused.json()) == (503, make_refusal("rows (max_queue_rows)"))
         assert answer.result().json() == {"predictions": [3, 3, 3]}
         assert server.predict('{"instances": ["c"]}').json() == {"predictions": [1]}
 
 
-def test_the_inputs_of_a_model_that_has_several_have_the_same_rows() -> None:
-    def asked(rows: int) -> Any:
-        inputs = [{"name": name, "datatype": "INT64", "shape": [rows], "data": [1] * rows} for name in ("one", "other")]
+def test_rows_are_counted_once_for_a_model_with_several_inputs() -> None:
+    def send_rows(rows: int) -> Any:
+        inputs = [
+            {"name": name, "datatype": "INT64", "shape": [rows], "data": [1] * rows} for name in ("left", "right")
+        ]
         response = server.post("/v2/models/custom-model/infer", json.dumps({"inputs": inputs}))
         return response.json().get("outputs", [{"data": response.status_code}])[0]["data"]
 
-    with running("--predictor=tests.predictors:Added", "--max_instances=3", "--max_queue_rows=3") as server:
-        assert asked(3) == [2, 2, 2]
-        assert asked(4) == 413
+    with run_server("--predictor=tests.support.predictors:Sum", "--max_instances=3", "--max_queue_rows=3") as server:
+        assert send_rows(3) == [2, 2, 2]
+        assert send_rows(4) == 413
 
 
 @pytest.mark.parametrize("port", ["gRPC port", "HTTP port"])
-def test_bodies_and_messages_take_no_more_memory_together_than_allowed(
-    port: str, gate: Callable[[str], Path], google: ModuleType
+def test_bodies_and_messages_together_take_no_more_memory_than_max_queue_bytes(
+    port: str, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    held, size = gate("held"), 600_000
+    held, size = make_gate("held"), 600_000
     body = json.dumps({"instances": [str(held)]}).ljust(size)
-    with running(SIZES, "--max_queue_bytes=1000000") as server, ThreadPoolExecutor() as clients:
+    with run_server(SIZES, "--max_queue_bytes=1000000") as server, ThreadPoolExecutor() as clients:
         target = f"127.0.0.1:{server.grpc_port if port == 'gRPC port' else server.http_port}"
         with grpc.insecure_channel(target) as channel:
             answer = clients.submit(server.predict, body)
             with held.open("wb"):
                 refused = server.predict(" " * size)
-                assert (refused.status_code, refused.json()) == (503, refusal("bytes (max_queue_bytes)"))
+                assert (refused.status_code, refused.json()) == (503, make_refusal("bytes (max_queue_bytes)"))
                 with pytest.raises(grpc.RpcError, match="max_queue_bytes") as error:
-                    grpc_call(channel, google, "ModelInfer", image_request(google, b" " * size))
+                    call_grpc(channel, google, "ModelInfer", make_image_request(google, b" " * size))
                 assert error.value.code() is grpc.StatusCode.UNAVAILABLE
                 assert server.predict("[]".ljust(100_000)).status_code == 400
             assert answer.result().status_code == 200
-            message = image_request(google, b"a".ljust(400_000))
-            assert grpc_call(channel, google, "ModelInfer", message).outputs[0].contents.int64_contents == [1]
+            message = make_image_request(google, b"a".ljust(400_000))
+            assert call_grpc(channel, google, "ModelInfer", message).outputs[0].contents.int64_contents == [1]
 
 
-def test_half_bodies_give_their_memory_back_when_their_clients_leave() -> None:
+def test_memory_of_an_incomplete_body_is_released_when_its_client_disconnects() -> None:
     head = b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 700000\r\n\r\n"
-    with running(ECHO, "--max_queue_bytes=1000000") as server:
+    with run_server(ECHO, "--max_queue_bytes=1000000") as server:
         for _ in range(5):
             with server.connect() as connection:
                 connection.sendall(head + b" " * 600_000)
-                wait_for(lambda: server.predict(" " * 600_000).status_code == 503, server)
-            wait_for(lambda: server.predict("[]".ljust(600_000)).status_code == 400, server)
+                wait_for(lambda: server.predict(" " * 600_000).status_code == 503, "a refusal")
+            wait_for(lambda: server.predict("[]".ljust(600_000)).status_code == 400, "released memory")
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("http2", [False, True])
-def test_a_client_that_leaves_takes_its_request_out_of_the_queue(
-    version: str, http2: bool, gate: Callable[[str], Path]
+def test_a_request_leaves_the_queue_when_its_client_disconnects(
+    version: str, http2: bool, make_gate: Callable[[str], Path]
 ) -> None:
     path, body = {
         "v1": ("/v1/models/custom-model:predict", '{"instances": ["a"]}'),
@@ -154,8 +158,8 @@ def test_a_client_that_leaves_takes_its_request_out_of_the_queue(
             '{"inputs": [{"name": "a", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}',
         ),
     }[version]
-    held = gate("held")
-    with running(SIZES) as server, ThreadPoolExecutor() as clients:
+    held = make_gate("held")
+    with run_server(SIZES) as server, ThreadPoolExecutor() as clients:
         first = clients.submit(server.predict, json.dumps({"instances": [str(held)]}))
         with held.open("wb"):
             with (
@@ -163,10 +167,10 @@ def test_a_client_that_leaves_takes_its_request_out_of_the_queue(
                 pytest.raises(httpx.ReadTimeout),
             ):
                 leaving.post(path, content=body)
-            wait_for(lambda: ended(server).get((version, "cancelled")) == 1, server)
-            assert value(server, "pinnace_requests_in_flight") == 1
+            wait_for(lambda: requests_by_outcome(server).get((version, "cancelled")) == 1, "a cancelled request")
+            assert metric_value(server, "pinnace_requests_in_flight") == 1
             behind = clients.submit(server.predict, '{"instances": ["b"]}')
-            wait_for(lambda: value(server, "pinnace_requests_queued_or_running") == 2, server)
+            wait_for_metric(server, "pinnace_requests_queued_or_running", 2)
         assert first.result().json() == {"predictions": [1]}
         assert behind.result().json() == {"predictions": [1]}
-        assert value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
+        assert metric_value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1

@@ -1,4 +1,4 @@
-"""bench: that what is measured is real, and what is printed is what was measured."""
+"""bench: the measurements are real, and the report shows them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.payloads import Payload, payloads
 from bench.report import Point, medians, plot, table
 from bench.soak import Sample
 from bench.subject import serving
-from tests.servers import PROJECT, Server
+from tests.support.servers import PROJECT, Server
 
 REQUEST = PROJECT / "examples/input.json"
 
@@ -29,9 +29,9 @@ def test_every_payload_is_answered(payload: Payload, server: Server) -> None:
         assert 0 < result.p50_ms <= result.p99_ms
 
 
-def test_the_kernel_is_asked_about_the_server_and_its_workers(model_dir: Path) -> None:
+def test_memory_and_cpu_of_the_server_and_its_workers_are_measured(model_dir: Path) -> None:
     with serving(model_dir, "--workers=2") as subject:
-        subject.settle()  # one of them answers: the other may be loading
+        subject.settle()  # one worker answers already, the other may still be loading
         assert len(subject.process_ids) == 3
         assert 0 < subject.memory_mib("Pss") < subject.memory_mib("Rss")
         assert subject.cpu_seconds() > 0
@@ -40,14 +40,14 @@ def test_the_kernel_is_asked_about_the_server_and_its_workers(model_dir: Path) -
     assert not Path(f"/proc/{subject.process_id}").exists()
 
 
-def test_the_limit_is_measured_in_a_process_of_its_own(model_dir: Path) -> None:
+def test_the_baseline_is_measured_in_a_process_of_its_own(model_dir: Path) -> None:
     images_per_second, alone_seconds = Baseline(model_dir, REQUEST, seconds=0.5).around()
 
     assert images_per_second > 1
     assert 0 < alone_seconds < 1
 
 
-def test_a_row_is_the_median_of_its_rounds_and_ratios_are_taken_within_one(tmp_path: Path) -> None:
+def test_a_row_is_the_median_of_its_rounds_and_ratios_are_taken_within_a_round(tmp_path: Path) -> None:
     results = [load.Result(per_second, 10.0, 20.0, 100, 1) for per_second in (40.0, 90.0, 50.0)]
     baseline = (80.0, 90.0, 50.0)
     points = [
@@ -74,7 +74,7 @@ def test_memory_that_grows_shows_in_the_second_half_of_a_soak(tmp_path: Path) ->
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_soak_of_one_slice_is_summed_up_as_well() -> None:
+def test_a_soak_of_one_sample_has_a_summary() -> None:
     text = soak.summary([Sample(10.0, 300.0, 20, load.Result(50.0, 10.0, 20.0, 100, 0))])
 
     assert "at most 300 in the first half and 300 in the second" in text

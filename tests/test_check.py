@@ -1,4 +1,4 @@
-"""pinnace/check.py: --check says what would be served, or ends as a start would."""
+"""pinnace/process/check.py: --check prints a summary of what the server would serve, or fails as a start would."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import PROJECT, Server, running
+from tests.support.servers import PROJECT, Server, run_server
 
-ECHO = "--predictor=tests.predictors:Echo"
+ECHO = "--predictor=tests.support.predictors:Echo"
 LIMITS = "at most 128 requests of a model at once, 16 rows in a batch, 8 MiB a body, 60 s an answer"
 
 
-def check(
+def run_check(
     *flags: str, stderr: int = subprocess.PIPE, environment: Mapping[str, str] = os.environ
 ) -> tuple[int, list[str], str]:
-    """Exit code, lines of standard output, last line of standard error."""
+    """Run app.py --check. Return exit code, lines of standard output, and the last line of standard error."""
     done = subprocess.run(
         [sys.executable, "app.py", "--check", *flags],
         cwd=PROJECT,
@@ -36,8 +36,8 @@ def check(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_it_says_what_would_be_served_and_by_which_ports(workers: int, model_dir: Path) -> None:
-    code, lines, _ = check(f"--model_dir={model_dir}", f"--workers={workers}")
+def test_check_prints_the_models_limits_and_ports(workers: int, model_dir: Path) -> None:
+    code, lines, _ = run_check(f"--model_dir={model_dir}", f"--workers={workers}")
 
     assert (code, lines) == (
         0,
@@ -49,20 +49,22 @@ def test_it_says_what_would_be_served_and_by_which_ports(workers: int, model_dir
     )
 
 
-def test_a_start_says_the_same_once_it_is_ready(model_dir: Path) -> None:
-    with running(f"--model_dir={model_dir}") as server:
+def test_a_start_logs_the_same_summary(model_dir: Path) -> None:
+    with run_server(f"--model_dir={model_dir}") as server:
         server.wait_for_line(re.compile("custom-model: architecture alexnet, weights seeded:0, precision fp32"))
         server.wait_for_line(re.compile(LIMITS))
 
 
-def test_it_listens_nowhere(server: Server) -> None:
-    code, lines, _ = check(ECHO, f"--http_port={server.http_port}", "--enable_grpc=false")
+def test_check_opens_no_port(server: Server) -> None:
+    code, lines, _ = run_check(ECHO, f"--http_port={server.http_port}", "--enable_grpc=false")
 
     assert (code, lines[-1]) == (0, f"it would be served on HTTP port {server.http_port}")
 
 
-def test_each_of_several_models_must_load(tmp_path: Path) -> None:
-    code, lines, problem = check(f"--model=good=,bad={tmp_path}/none", "--predictor=good=tests.predictors:Echo")
+def test_check_fails_if_any_model_does_not_load(tmp_path: Path) -> None:
+    code, lines, problem = run_check(
+        f"--model=good=,bad={tmp_path}/none", "--predictor=good=tests.support.predictors:Echo"
+    )
 
     assert (code, lines) == (4, [])
     assert problem == f"app.py: {tmp_path}/none, where bad should be, does not exist: see --model_dir"
@@ -79,24 +81,24 @@ def test_each_of_several_models_must_load(tmp_path: Path) -> None:
         (["--predictor=none:None"], 7),
     ],
 )
-def test_what_would_stop_a_start_stops_it_with_the_same_code(flags: list[str], code: int) -> None:
-    found, lines, problem = check(*flags)
+def test_check_ends_with_the_exit_code_of_a_failed_start(flags: list[str], code: int) -> None:
+    found, lines, problem = run_check(*flags)
 
     assert (found, lines) == (code, [])
     assert problem.startswith("app.py: ")
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_levels_are_coloured_on_a_terminal_unless_that_is_unwanted(
+def test_log_levels_are_coloured_on_a_terminal_unless_no_color_is_set(
     environment: dict[str, str], coloured: bool, model_dir: Path
 ) -> None:
-    ours, theirs = pty.openpty()
-    kept = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    terminal, stderr = pty.openpty()
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
 
-    check(f"--model_dir={model_dir}", stderr=theirs, environment={**kept, **environment})
+    run_check(f"--model_dir={model_dir}", stderr=stderr, environment={**inherited, **environment})
 
-    os.close(theirs)
-    shown = os.read(ours, 65536)
-    os.close(ours)
+    os.close(stderr)
+    shown = os.read(terminal, 65536)
+    os.close(terminal)
     assert b"UNTRAINED WEIGHTS" in shown
     assert (b"\033[33mWARNING\033[0m" in shown) == coloured

@@ -1,4 +1,4 @@
-"""pinnace/classifier.py against the original in torch: the same logits for every photograph and every kind of image."""
+"""pinnace/models/classifier.py against the original in torch: the same logits for every photograph and image format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
@@ -22,10 +21,10 @@ from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
-from tests.pictures import CAT, MODES, PHOTOGRAPHS, encoded
-from tests.test_image import torchvisions_pixels
+from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, encode_picture
+from tests.support.reference import compute_original_logits
 
-MOST_DIFFERENCE = 1e-4
+MAX_DIFFERENCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -35,59 +34,57 @@ def classifier(model_dir: Path) -> Classifier:
     return classifier
 
 
-def images(*pictures: bytes) -> Request:
+def make_request(*pictures: bytes) -> Request:
     return Request("alexnet", (Tensor.from_values("image", "BYTES", [len(pictures)], pictures),))
 
 
-def logits_of(classifier: Classifier, request: Request) -> NDArray[np.float32]:
+def compute_logits(classifier: Classifier, request: Request) -> NDArray[np.float32]:
     return classifier.predict(classifier.preprocess(request))["logits"]
 
 
-def original_logits(original: Source, picture: bytes) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        logits: torch.Tensor = original.model(torch.from_numpy(torchvisions_pixels(original, picture))[None])[0]
-    return logits.numpy()
-
-
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, *MODES])
-def test_all_logits_equal_those_of_torchvision_and_torch(name: str, classifier: Classifier, original: Source) -> None:
+def test_all_logits_equal_those_of_torch(name: str, classifier: Classifier, original: Source) -> None:
     picture = {**PHOTOGRAPHS, **MODES}[name]
 
-    difference = np.abs(logits_of(classifier, images(picture))[0] - original_logits(original, picture)).max()
+    difference = np.abs(
+        compute_logits(classifier, make_request(picture))[0] - compute_original_logits(original, picture)
+    ).max()
 
-    assert difference <= MOST_DIFFERENCE
-
-
-def test_the_bound_is_tight_enough_to_tell_any_two_photographs_apart(classifier: Classifier) -> None:
-    logits = logits_of(classifier, images(*PHOTOGRAPHS.values()))
-
-    apart = [np.abs(one - other).max() for row, one in enumerate(logits) for other in logits[:row]]
-    assert min(apart) > 1000 * MOST_DIFFERENCE
+    assert difference <= MAX_DIFFERENCE
 
 
-def test_many_images_in_one_request_are_answered_as_each_alone(classifier: Classifier) -> None:
-    together = logits_of(classifier, images(*PHOTOGRAPHS.values()))
+def test_the_tolerance_is_far_below_the_difference_of_any_two_photographs(classifier: Classifier) -> None:
+    logits = compute_logits(classifier, make_request(*PHOTOGRAPHS.values()))
 
-    alone = np.concatenate([logits_of(classifier, images(picture)) for picture in PHOTOGRAPHS.values()])
-    np.testing.assert_allclose(together, alone, rtol=0, atol=MOST_DIFFERENCE)
+    differences = [np.abs(first - second).max() for row, first in enumerate(logits) for second in logits[:row]]
+    assert min(differences) > 1000 * MAX_DIFFERENCE
+
+
+def test_images_in_one_request_get_the_logits_that_each_gets_alone(classifier: Classifier) -> None:
+    together = compute_logits(classifier, make_request(*PHOTOGRAPHS.values()))
+
+    alone = np.concatenate([compute_logits(classifier, make_request(picture)) for picture in PHOTOGRAPHS.values()])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=MAX_DIFFERENCE)
 
 
 def test_the_answer_is_the_five_highest_logits_descending(classifier: Classifier) -> None:
     logits = np.arange(12, dtype=np.float32).reshape(2, 6) % 7
 
-    (output,) = classifier.postprocess({"logits": logits}, images(CAT)).outputs
+    (output,) = classifier.postprocess({"logits": logits}, make_request(CAT)).outputs
 
     assert (output.name, output.datatype) == ("output-0", "FP32")
     assert output.array.tolist() == [[5, 4, 3, 2, 1], [6, 4, 3, 2, 1]]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_a_prepared_tensor_is_answered_as_its_image(dtype: type, classifier: Classifier) -> None:
-    pixels: NDArray[Any] = classifier.preprocess(images(CAT))["pixels"].astype(dtype)
+def test_a_preprocessed_tensor_gets_the_logits_of_its_image(dtype: type, classifier: Classifier) -> None:
+    pixels: NDArray[Any] = classifier.preprocess(make_request(CAT))["pixels"].astype(dtype)
 
-    prepared = logits_of(classifier, Request("alexnet", (Tensor("data", pixels),)))
+    preprocessed = compute_logits(classifier, Request("alexnet", (Tensor("data", pixels),)))
 
-    np.testing.assert_allclose(prepared, logits_of(classifier, images(CAT)), atol=0.1 if dtype == np.float16 else 1e-5)
+    np.testing.assert_allclose(
+        preprocessed, compute_logits(classifier, make_request(CAT)), atol=0.1 if dtype == np.float16 else 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,39 +97,39 @@ def test_a_prepared_tensor_is_answered_as_its_image(dtype: type, classifier: Cla
         (np.full((1, 3, 224, 224), 1e300), "has values that are not finite"),
     ],
 )
-def test_a_tensor_that_was_not_prepared_for_the_model_is_refused(
+def test_a_tensor_of_another_shape_or_datatype_is_refused(
     array: NDArray[np.float32], problem: str, classifier: Classifier
 ) -> None:
     with pytest.raises(InvalidInput, match=f"^input 'data' {problem}"):
         classifier.preprocess(Request("alexnet", (Tensor("data", array),)))
 
 
-def test_a_prepared_tensor_is_run_where_it_lies(classifier: Classifier) -> None:
+def test_a_preprocessed_tensor_is_not_copied(classifier: Classifier) -> None:
     message = np.zeros((2, 3, 224, 224), np.float32).tobytes()
-    prepared = np.frombuffer(message, np.float32).reshape(2, 3, 224, 224)
+    preprocessed = np.frombuffer(message, np.float32).reshape(2, 3, 224, 224)
 
-    pixels = classifier.preprocess(Request("alexnet", (Tensor("data", prepared),)))["pixels"]
+    pixels = classifier.preprocess(Request("alexnet", (Tensor("data", preprocessed),)))["pixels"]
 
-    assert np.shares_memory(pixels, prepared)
+    assert np.shares_memory(pixels, preprocessed)
     assert classifier.predict({"pixels": pixels})["logits"].shape == (2, 1000)
 
 
-def test_a_bad_image_is_named_by_its_row(classifier: Classifier) -> None:
+def test_the_error_of_a_bad_image_names_its_row(classifier: Classifier) -> None:
     with pytest.raises(InvalidInput, match=r"^input 'image', row 1: neither an image"):
-        classifier.preprocess(images(CAT, b"no image", CAT))
+        classifier.preprocess(make_request(CAT, b"no image", CAT))
 
 
-def test_several_inputs_are_rows_one_after_the_other(classifier: Classifier) -> None:
-    inputs = images(CAT).inputs + images(MODES["JPEG"], MODES["BMP"]).inputs
+def test_several_inputs_are_concatenated_to_rows(classifier: Classifier) -> None:
+    inputs = make_request(CAT).inputs + make_request(MODES["JPEG"], MODES["BMP"]).inputs
 
     rows = classifier.preprocess(Request("alexnet", inputs))["pixels"]
 
-    together = classifier.preprocess(images(CAT, MODES["JPEG"], MODES["BMP"]))["pixels"]
+    together = classifier.preprocess(make_request(CAT, MODES["JPEG"], MODES["BMP"]))["pixels"]
     np.testing.assert_array_equal(rows, together)
 
 
-def identity_model(folder: Path, properties: dict[str, str]) -> None:
-    """An ONNX file that is no classifier, whatever its metadata says."""
+def write_identity_model(folder: Path, properties: dict[str, str]) -> None:
+    """Write an ONNX file that is no classifier, with these metadata properties."""
     graph = helper.make_graph(
         [helper.make_node("Identity", ["pixels"], ["logits"])],
         "identity",
@@ -144,15 +141,15 @@ def identity_model(folder: Path, properties: dict[str, str]) -> None:
     onnx.save(model, folder / "model.onnx")
 
 
-def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
-    identity_model(tmp_path, {})
+def test_an_onnx_file_without_our_metadata_cannot_be_loaded(tmp_path: Path) -> None:
+    write_identity_model(tmp_path, {})
 
     with pytest.raises(ModelLoadError, match=r"lacks the metadata that `python -m model_export` writes"):
         Classifier(Settings(), tmp_path).load()
 
 
-def test_a_model_that_does_not_run_is_damaged_before_anybody_asks_it(tmp_path: Path, original: Source) -> None:
-    identity_model(tmp_path, make_card(original).to_properties())
+def test_a_model_that_does_not_run_cannot_be_loaded(tmp_path: Path, original: Source) -> None:
+    write_identity_model(tmp_path, make_card(original).to_properties())
 
     with pytest.raises(ModelLoadError, match=r"does not run \(.*\); export the model again$"):
         Classifier(Settings(), tmp_path).load()
@@ -165,35 +162,35 @@ def fast(model_dir: Path) -> Classifier:
     return classifier
 
 
-def grey_levels(fast: Classifier, classifier: Classifier, picture: bytes) -> NDArray[np.float32]:
-    """By how much of 255 the pixels of the crop differ."""
-    one, other = (each.preprocess(images(picture))["pixels"][0] for each in (fast, classifier))
-    differences: NDArray[np.float32] = np.abs(one - other) * np.array(classifier.card.std)[:, None, None] * 255
+def compare_grey_levels(fast: Classifier, classifier: Classifier, picture: bytes) -> NDArray[np.float32]:
+    """Return the absolute differences of the pixels of the crop, on a scale of 255."""
+    quick, exact = (each.preprocess(make_request(picture))["pixels"][0] for each in (fast, classifier))
+    differences: NDArray[np.float32] = np.abs(quick - exact) * np.array(classifier.card.std)[:, None, None] * 255
     return differences
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize("times", [1, 3])
-def test_fast_decoding_of_a_jpeg_differs_by_three_grey_levels_on_average_and_hardly_in_its_logits(
+def test_fast_decoding_of_a_jpeg_differs_by_three_grey_levels_on_average_and_hardly_in_logits(
     name: str, times: int, fast: Classifier, classifier: Classifier
 ) -> None:
     picture = Image.open(io.BytesIO(PHOTOGRAPHS[name])).convert("RGB")
-    jpeg = encoded(picture.resize((picture.width * times, picture.height * times)), "JPEG", quality=90)
+    jpeg = encode_picture(picture.resize((picture.width * times, picture.height * times)), "JPEG", quality=90)
 
-    assert grey_levels(fast, classifier, jpeg).mean() < 3
-    one, other = (logits_of(each, images(jpeg))[0] for each in (fast, classifier))
-    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.999
+    assert compare_grey_levels(fast, classifier, jpeg).mean() < 3
+    quick, exact = (compute_logits(each, make_request(jpeg))[0] for each in (fast, classifier))
+    assert quick @ exact / np.linalg.norm(quick) / np.linalg.norm(exact) > 0.999
 
 
 @pytest.mark.parametrize("name", [name for name in MODES if not name.startswith("JPEG")])
-def test_fast_decoding_of_anything_else_differs_by_two_grey_levels_at_most(
+def test_fast_decoding_of_other_formats_differs_by_two_grey_levels_at_most(
     name: str, fast: Classifier, classifier: Classifier
 ) -> None:
-    assert grey_levels(fast, classifier, MODES[name]).max() < 2.5
+    assert compare_grey_levels(fast, classifier, MODES[name]).max() < 2.5
 
 
-def test_fast_decoding_makes_no_picture_smaller_than_it_is_needed(fast: Classifier) -> None:
-    jpeg = encoded(Image.open(io.BytesIO(CAT)).convert("RGB").resize((2100, 1500)), "JPEG")
+def test_fast_decoding_keeps_the_picture_at_least_as_large_as_the_resize_size(fast: Classifier) -> None:
+    jpeg = encode_picture(Image.open(io.BytesIO(CAT)).convert("RGB").resize((2100, 1500)), "JPEG")
 
     assert image.decode(jpeg, 10**9, fast.card.resize_pixels).size == (525, 375)
     assert image.decode(jpeg, 10**9).size == (2100, 1500)

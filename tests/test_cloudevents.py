@@ -1,4 +1,4 @@
-"""pinnace/cloudevents.py: V1 requests that come as events."""
+"""pinnace/http/cloudevents.py: V1 requests that are CloudEvents."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.pictures import CAT
-from tests.servers import Server, running
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_server
 
 PREDICT = "/v1/models/custom-model:predict"
 STRUCTURED = "application/cloudevents+json"
@@ -31,7 +31,7 @@ HEADERS = {f"ce-{name}": str(EVENT[name]) for name in ("specversion", "id", "sou
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Echo") as server:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         yield server
 
 
@@ -39,7 +39,7 @@ def post(server: Server, content: Any, **headers: str) -> httpx.Response:
     return httpx.post(server.url + PREDICT, content=json.dumps(content), headers=headers)
 
 
-def test_a_structured_event_is_answered_with_one(echo: Server) -> None:
+def test_a_structured_event_is_answered_with_a_structured_event(echo: Server) -> None:
     response = post(echo, EVENT, **{"content-type": STRUCTURED})
 
     event = response.json()
@@ -51,13 +51,13 @@ def test_a_structured_event_is_answered_with_one(echo: Server) -> None:
     assert datetime.fromisoformat(event["time"]).tzinfo is not None
 
 
-def test_an_event_in_another_type_is_read_and_answered_plainly(echo: Server) -> None:
+def test_a_structured_event_with_another_content_type_gets_a_plain_response(echo: Server) -> None:
     response = post(echo, EVENT, **{"content-type": "application/json"})
 
     assert (response.headers["content-type"], response.json()) == ("application/json", ANSWER)
 
 
-def test_an_event_in_headers_is_answered_with_one(echo: Server) -> None:
+def test_an_event_in_headers_is_answered_with_an_event_in_headers(echo: Server) -> None:
     response = post(echo, DATA, **HEADERS, **{"content-type": "application/json"})
 
     assert (response.headers["content-type"], response.json()) == ("application/json", ANSWER)
@@ -71,11 +71,13 @@ def test_an_event_in_headers_is_answered_with_one(echo: Server) -> None:
 @pytest.fixture(scope="module")
 def merging() -> Iterator[Server]:
     variables = {"CE_MERGE": "true", "CE_TYPE": "com.example.answer", "CE_SOURCE": "https://example.com/server"}
-    with running("--predictor=tests.predictors:Echo", environment={**os.environ, **variables}) as server:
+    with run_server("--predictor=tests.support.predictors:Echo", environment={**os.environ, **variables}) as server:
         yield server
 
 
-def test_kserves_variables_give_the_answer_its_type_source_and_the_requests_attributes(merging: Server) -> None:
+def test_kserves_variables_set_type_and_source_of_the_response_and_merge_the_requests_attributes(
+    merging: Server,
+) -> None:
     event = {**EVENT, "subject": "cat.jpg", "partition": 7, "datacontenttype": "application/json"}
 
     answer = post(merging, event, **{"content-type": STRUCTURED}).json()
@@ -87,7 +89,7 @@ def test_kserves_variables_give_the_answer_its_type_source_and_the_requests_attr
     assert answer["time"] != EVENT["time"]
 
 
-def test_the_attributes_of_an_event_in_headers_come_back_in_headers(merging: Server) -> None:
+def test_merged_attributes_of_an_event_in_headers_are_in_the_response_headers(merging: Server) -> None:
     response = post(merging, DATA, **HEADERS, **{"content-type": "application/json", "ce-subject": "cat.jpg"})
 
     assert response.json() == ANSWER
@@ -95,14 +97,14 @@ def test_the_attributes_of_an_event_in_headers_come_back_in_headers(merging: Ser
     assert response.headers["ce-id"] != EVENT["id"]
 
 
-def test_a_picture_may_come_as_an_event_in_headers(server: Server) -> None:
+def test_a_picture_can_be_sent_as_an_event_in_headers(server: Server) -> None:
     response = httpx.post(server.url + PREDICT, content=CAT, headers={**HEADERS, "content-type": "image/jpeg"})
 
     assert len(response.json()["predictions"]) == 1
     assert response.headers["ce-type"] == "io.kserve.inference.response"
 
 
-def test_half_the_headers_of_an_event_make_a_plain_request(echo: Server) -> None:
+def test_a_request_with_some_of_the_event_headers_is_a_plain_request(echo: Server) -> None:
     response = post(echo, DATA, **{"ce-id": "1", "content-type": "application/json"})
 
     assert response.json() == ANSWER
@@ -126,7 +128,7 @@ def test_an_event_of_another_version_is_refused(version: Any, echo: Server) -> N
     assert (response.status_code, response.json()) == (400, {"error": error})
 
 
-def test_an_error_of_an_event_is_no_event(echo: Server) -> None:
+def test_the_error_of_an_event_is_no_event(echo: Server) -> None:
     response = post(echo, {**EVENT, "data": {}}, **{"content-type": STRUCTURED})
 
     assert (response.status_code, response.json()) == (400, {"error": '"instances" is missing'})

@@ -1,4 +1,4 @@
-"""Many requests at once, over both ports: each gets its own answer."""
+"""Concurrent requests over both ports: each gets its own answer."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.pictures import PHOTOGRAPHS, v1_request
-from tests.servers import Server
-from tests.test_grpc import image_request
+from tests.support.clients import make_image_request, make_v1_request
+from tests.support.pictures import PHOTOGRAPHS
+from tests.support.servers import Server
 
 ROUNDS = 4
 
 
-async def test_every_one_of_many_requests_at_once_gets_the_answer_to_its_own_picture(
+async def test_each_of_many_concurrent_requests_gets_the_answer_to_its_own_picture(
     server: Server, google: ModuleType
 ) -> None:
     pictures = list(PHOTOGRAPHS.values())
-    alone = [server.predict(v1_request(picture)).json()["predictions"][0] for picture in pictures]
+    alone = [server.predict(make_v1_request(picture)).json()["predictions"][0] for picture in pictures]
 
-    async def by_rest(client: httpx.AsyncClient, picture: bytes) -> list[float]:
-        response = await client.post("/v1/models/custom-model:predict", content=v1_request(picture))
+    async def predict_by_rest(client: httpx.AsyncClient, picture: bytes) -> list[float]:
+        response = await client.post("/v1/models/custom-model:predict", content=make_v1_request(picture))
         row: list[float] = response.json()["predictions"][0]
         return row
 
-    async def by_grpc(channel: grpc.aio.Channel, picture: bytes) -> list[float]:
+    async def infer_by_grpc(channel: grpc.aio.Channel, picture: bytes) -> list[float]:
         call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer"
         )
-        message = await call(image_request(google, picture).SerializeToString(), timeout=60)
+        message = await call(make_image_request(google, picture).SerializeToString(), timeout=60)
         return list(google.ModelInferResponse.FromString(message).outputs[0].contents.fp32_contents)
 
     async with (
@@ -40,18 +40,18 @@ async def test_every_one_of_many_requests_at_once_gets_the_answer_to_its_own_pic
         grpc.aio.insecure_channel(server.grpc_address) as channel,
     ):
         answers = await asyncio.gather(
-            *(by_rest(client, picture) for picture in pictures * ROUNDS),
-            *(by_grpc(channel, picture) for picture in pictures * ROUNDS),
+            *(predict_by_rest(client, picture) for picture in pictures * ROUNDS),
+            *(infer_by_grpc(channel, picture) for picture in pictures * ROUNDS),
         )
 
     np.testing.assert_array_equal(answers, alone * ROUNDS * 2)
 
 
-async def test_good_answers_are_bit_equal_to_those_alone_beside_bad_cancelled_and_late_requests(
+async def test_answers_beside_bad_cancelled_and_timed_out_requests_are_bit_equal_to_answers_alone(
     server: Server, google: ModuleType
 ) -> None:
     pictures = list(PHOTOGRAPHS.values())
-    alone = [server.predict(v1_request(picture)).json()["predictions"] for picture in pictures]
+    alone = [server.predict(make_v1_request(picture)).json()["predictions"] for picture in pictures]
 
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=60) as client,
@@ -61,22 +61,22 @@ async def test_good_answers_are_bit_equal_to_those_alone_beside_bad_cancelled_an
             "/inference.GRPCInferenceService/ModelInfer"
         )
 
-        async def one(number: int) -> None:
-            which = number % len(pictures)
+        async def send_request(number: int) -> None:
+            index = number % len(pictures)
             if number % 10 == 1:
-                damaged = await client.post("/v1/models/custom-model:predict", content=v1_request(b"\xff\xd8\xff"))
+                damaged = await client.post("/v1/models/custom-model:predict", content=make_v1_request(b"\xff\xd8\xff"))
                 assert damaged.status_code == 400
             elif number % 10 == 2:
                 with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
-                    await call(image_request(google, pictures[which]).SerializeToString(), timeout=0.02)
+                    await call(make_image_request(google, pictures[index]).SerializeToString(), timeout=0.02)
             elif number % 10 == 3:
-                leaving = asyncio.create_task(client.post("/v1/models/custom-model:predict", content=requests[which]))
+                leaving = asyncio.create_task(client.post("/v1/models/custom-model:predict", content=requests[index]))
                 await asyncio.wait({leaving}, timeout=0.02)
                 leaving.cancel()
                 await asyncio.wait({leaving})
             else:
-                answer = await client.post("/v1/models/custom-model:predict", content=requests[which])
-                assert answer.json()["predictions"] == alone[which]
+                answer = await client.post("/v1/models/custom-model:predict", content=requests[index])
+                assert answer.json()["predictions"] == alone[index]
 
-        requests = [v1_request(picture) for picture in pictures]
-        await asyncio.gather(*map(one, range(150)))
+        requests = [make_v1_request(picture) for picture in pictures]
+        await asyncio.gather(*map(send_request, range(150)))

@@ -1,4 +1,4 @@
-"""pinnace/cpus.py: quotas of control groups, as the kernel shows them in either version."""
+"""pinnace/cpus.py: the CPU quotas of control groups, version 1 and 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from pinnace.cpus import available_cpus
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
+def write_files(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n")
@@ -31,7 +31,7 @@ def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "250000 100000"}, 2),
         ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
         ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "1600000 100000"}, 8),
-        (  # the quota of a group above is in force as well
+        (  # the quota of a parent group applies as well
             {
                 "proc/self/cgroup": "0::/pod/container",
                 "sys/fs/cgroup/pod/container/cpu.max": "max 100000",
@@ -60,4 +60,4 @@ def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_smallest_quota_counts_and_never_less_than_one_cpu(
     files: dict[str, str], cpus: int, tmp_path: Path
 ) -> None:
-    assert available_cpus(write(tmp_path, files)) == cpus
+    assert available_cpus(write_files(tmp_path, files)) == cpus

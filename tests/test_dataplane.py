@@ -1,4 +1,4 @@
-"""pinnace/dataplane.py: a request that would take too long."""
+"""pinnace/inference/dataplane.py: requests that take longer than request_timeout_seconds."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from types import ModuleType
 import grpc
 import pytest
 
-from tests.conftest import grpc_call
-from tests.servers import Server, running
-from tests.test_grpc import image_request
-from tests.test_metrics import ended, value
+from tests.support.clients import call_grpc, make_image_request
+from tests.support.metrics import metric_value, requests_by_outcome
+from tests.support.servers import Server, run_server
 
 TEXT = "The request was not answered within request_timeout_seconds (1); try again."
 
 
 @contextmanager
-def busy(gate: Callable[[str], Path]) -> Iterator[Server]:
-    """A server with a second for each request, while its model is in a run that takes longer."""
-    held = gate("held")
+def run_busy_server(make_gate: Callable[[str], Path]) -> Iterator[Server]:
+    """Run a server with a timeout of 1 s per request, and hold its model in a run that takes longer."""
+    held = make_gate("held")
     with (
-        running("--predictor=tests.predictors:BatchSize", "--request_timeout_seconds=1") as server,
+        run_server("--predictor=tests.support.predictors:BatchSize", "--request_timeout_seconds=1") as server,
         ThreadPoolExecutor(1) as client,
     ):
         first = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
@@ -44,28 +43,30 @@ def busy(gate: Callable[[str], Path]) -> Iterator[Server]:
         ),
     ],
 )
-def test_a_request_that_is_late_is_answered_so_and_given_up(
-    path: str, body: object, gate: Callable[[str], Path]
+def test_a_request_that_takes_too_long_gets_504_with_retry_after(
+    path: str, body: object, make_gate: Callable[[str], Path]
 ) -> None:
-    with busy(gate) as server:
+    with run_busy_server(make_gate) as server:
         late = server.post(path, json.dumps(body))
 
         assert (late.status_code, late.json(), "retry-after" in late.headers) == (504, {"error": TEXT}, True)
 
 
-def test_a_call_that_is_late_is_answered_so_and_counted(gate: Callable[[str], Path], google: ModuleType) -> None:
-    with busy(gate) as server:
+def test_a_call_that_takes_too_long_gets_deadline_exceeded_and_is_counted(
+    make_gate: Callable[[str], Path], google: ModuleType
+) -> None:
+    with run_busy_server(make_gate) as server:
         with grpc.insecure_channel(server.grpc_address) as channel, pytest.raises(grpc.RpcError) as error:
-            grpc_call(channel, google, "ModelInfer", image_request(google, b"a"))
+            call_grpc(channel, google, "ModelInfer", make_image_request(google, b"a"))
         assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert error.value.details() == TEXT
-        assert ended(server)["grpc", "timeout"] == 1
+        assert requests_by_outcome(server)["grpc", "timeout"] == 1
 
 
-def test_what_was_late_is_not_run_and_the_model_goes_on(gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_a_request_that_timed_out_in_the_queue_is_not_run(make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
     with (
-        running("--predictor=tests.predictors:BatchSize", "--request_timeout_seconds=1") as server,
+        run_server("--predictor=tests.support.predictors:BatchSize", "--request_timeout_seconds=1") as server,
         ThreadPoolExecutor(1) as client,
     ):
         first = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
@@ -73,5 +74,5 @@ def test_what_was_late_is_not_run_and_the_model_goes_on(gate: Callable[[str], Pa
             assert server.predict('{"instances": ["a"]}').status_code == 504
             assert first.result().status_code == 504
         assert server.predict('{"instances": ["b"]}').json() == {"predictions": [1]}
-        assert value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
-        assert value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 2
+        assert metric_value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
+        assert metric_value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 2

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from pinnace.runtimes.onnx import CUDA
-from tests.pods import Pod, pod, skip_without_namespaces
-from tests.servers import PROJECT
-from tests.test_engine import HAS_CUDA
+from tests.support.cuda import HAS_CUDA
+from tests.support.pods import Pod, run_pod, skip_without_namespaces
+from tests.support.servers import PROJECT
 
 SCHEMAS = PROJECT.parent / "shared/schema"
 MANIFESTS = sorted((PROJECT / "deploy").glob("*.yaml"))
@@ -60,7 +60,7 @@ def started(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[tuple[P
     skip_without_namespaces()
     ((container, _),) = containers(request.param)
     container["args"] = [argument.replace("{{.Name}}", "resnet") for argument in container["args"]]
-    with pod(container["args"], environment_of(container), model_dir) as it:
+    with run_pod(container["args"], environment_of(container), model_dir) as it:
         yield it, container
 
 
@@ -91,7 +91,7 @@ def test_a_container_is_ready_with_exactly_its_arguments(started: tuple[Pod, Man
 
     name = next(argument for argument in container["args"] if argument.startswith("--model_name=")).partition("=")[2]
     ports = {pod.server.http_port, pod.server.grpc_port}
-    assert pod.status(pod.server.http_port, f"/v2/models/{name}/ready") == 200
+    assert pod.get_status(pod.server.http_port, f"/v2/models/{name}/ready") == 200
     assert {port["containerPort"] for port in container["ports"]} <= ports
 
 
@@ -101,7 +101,7 @@ def test_a_containers_probes_are_answered(started: tuple[Pod, Manifest]) -> None
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         probe = container.get(kind, {})
         if "httpGet" in probe:
-            assert pod.status(probe["httpGet"]["port"], probe["httpGet"]["path"]) == 200
+            assert pod.get_status(probe["httpGet"]["port"], probe["httpGet"]["path"]) == 200
         if "grpc" in probe:
             assert pod.is_healthy(probe["grpc"]["port"])
 
@@ -119,5 +119,5 @@ def test_the_gpus_container_starts_on_a_gpu(model_dir: Path) -> None:
     if not HAS_CUDA:
         pytest.skip(f"no {CUDA} in this onnxruntime: on a GPU this starts deploy/gpu.yaml's container")
     ((container, _),) = containers(PROJECT / "deploy/gpu.yaml")
-    with pod(container["args"], environment_of(container), model_dir) as it:
-        assert it.status(8080, "/v2/health/ready") == 200
+    with run_pod(container["args"], environment_of(container), model_dir) as it:
+        assert it.get_status(8080, "/v2/health/ready") == 200

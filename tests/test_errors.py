@@ -1,4 +1,4 @@
-"""pinnace/errors.py: every row of the error table, raised in a running server, as each transport answers it."""
+"""pinnace/errors.py: every error, raised in a running server, and its answer over each transport."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from pinnace import errors
 from pinnace.errors import InternalError, ServingError, StartupError
-from tests.conftest import grpc_call
-from tests.servers import Server, running
+from tests.support.clients import call_grpc
+from tests.support.servers import Server, run_server
 
 TABLE = [ServingError, *ServingError.__subclasses__()]
 PYTHONS_OWN = ["RuntimeError", "KeyError", "StopIteration", "MemoryError", "AssertionError"]
@@ -21,43 +21,45 @@ PYTHONS_OWN = ["RuntimeError", "KeyError", "StopIteration", "MemoryError", "Asse
 
 @pytest.fixture(scope="module")
 def failing() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         yield server
 
 
-def public_text(kind: type[ServingError]) -> str:
-    return str(kind("the secret of the text") if inspect.signature(kind).parameters else kind())  # type: ignore[call-arg]
+def get_public_text(error_class: type[ServingError]) -> str:
+    return str(error_class("the secret of the text") if inspect.signature(error_class).parameters else error_class())  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("kind", TABLE)
-def test_rest_answers_an_error_with_its_status_and_text(kind: type[ServingError], failing: Server) -> None:
-    response = failing.predict(json.dumps({"instances": [kind.__name__]}))
+@pytest.mark.parametrize("error_class", TABLE)
+def test_rest_answers_an_error_with_its_status_and_text(error_class: type[ServingError], failing: Server) -> None:
+    response = failing.predict(json.dumps({"instances": [error_class.__name__]}))
 
-    assert response.status_code == kind.http_status
-    assert response.json() == {"error": public_text(kind)}
+    assert response.status_code == error_class.http_status
+    assert response.json() == {"error": get_public_text(error_class)}
     assert response.headers["content-type"] == "application/json"
-    assert response.headers.get("retry-after") == ("1" if kind.retry else None)
+    assert response.headers.get("retry-after") == ("1" if error_class.retry else None)
 
 
-@pytest.mark.parametrize("kind", TABLE)
+@pytest.mark.parametrize("error_class", TABLE)
 def test_grpc_answers_an_error_with_its_status_and_text(
-    kind: type[ServingError], failing: Server, google: ModuleType
+    error_class: type[ServingError], failing: Server, google: ModuleType
 ) -> None:
-    status, text = grpc_error(failing, google, kind.__name__)
+    status, text = infer_with_error(failing, google, error_class.__name__)
 
-    assert (status.name, text) == (kind.grpc_status, public_text(kind))
+    assert (status.name, text) == (error_class.grpc_status, get_public_text(error_class))
 
 
 @pytest.mark.parametrize("name", PYTHONS_OWN)
-def test_what_nobody_foresaw_is_logged_and_not_told(name: str, failing: Server, google: ModuleType) -> None:
+def test_an_unexpected_exception_is_an_internal_error_without_its_text(
+    name: str, failing: Server, google: ModuleType
+) -> None:
     response = failing.predict(json.dumps({"instances": [name]}))
 
     assert (response.status_code, response.json()) == (500, {"error": "Internal server error"})
-    assert grpc_error(failing, google, name) == (grpc.StatusCode.INTERNAL, "Internal server error")
+    assert infer_with_error(failing, google, name) == (grpc.StatusCode.INTERNAL, "Internal server error")
 
 
-def test_the_log_has_the_traceback_that_the_client_has_not() -> None:
-    with running("--predictor=tests.predictors:Failing") as server:
+def test_an_unexpected_exception_is_logged_with_its_traceback() -> None:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         server.predict(json.dumps({"instances": ["RuntimeError"]}))
         server.stop()
 
@@ -65,7 +67,7 @@ def test_the_log_has_the_traceback_that_the_client_has_not() -> None:
     assert "RuntimeError: the secret of the text\n" in server.log
 
 
-def test_a_text_is_cut_where_a_clients_name_would_make_it_long(failing: Server) -> None:
+def test_an_error_text_is_truncated_to_300_characters(failing: Server) -> None:
     response = failing.post(f"/v1/models/{'x' * 5000}:predict", "{}")
 
     assert response.status_code == 404
@@ -73,23 +75,27 @@ def test_a_text_is_cut_where_a_clients_name_would_make_it_long(failing: Server) 
     assert len(response.json()["error"]) == 300
 
 
-def test_every_way_in_which_a_start_fails_has_an_exit_code_of_its_own() -> None:
-    codes = [kind.exit_code for kind in StartupError.__subclasses__()]
+def test_every_startup_error_has_an_exit_code_of_its_own() -> None:
+    codes = [error_class.exit_code for error_class in StartupError.__subclasses__()]
 
     assert sorted(codes) == list(range(2, 2 + len(codes)))
 
 
-def test_every_error_says_who_raises_it_or_when() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+def test_every_error_has_a_docstring() -> None:
+    error_classes = [
+        error_class
+        for error_class in vars(errors).values()
+        if isinstance(error_class, type) and issubclass(error_class, Exception)
+    ]
 
-    assert all(kind.__doc__ for kind in kinds)
-    assert InternalError in kinds
+    assert all(error_class.__doc__ for error_class in error_classes)
+    assert InternalError in error_classes
 
 
-def grpc_error(server: Server, google: ModuleType, instance: str) -> tuple[grpc.StatusCode, str | None]:
+def infer_with_error(server: Server, google: ModuleType, instance: str) -> tuple[grpc.StatusCode, str | None]:
     request = google.ModelInferRequest(model_name="custom-model")
     tensor = request.inputs.add(name="x", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(instance.encode())
     with grpc.insecure_channel(server.grpc_address) as channel, pytest.raises(grpc.RpcError) as error:
-        grpc_call(channel, google, "ModelInfer", request)
+        call_grpc(channel, google, "ModelInfer", request)
     return error.value.code(), error.value.details()

@@ -1,4 +1,4 @@
-"""What may befall a running server: a full disk, a clock that jumps, a model that becomes garbage, half a message."""
+"""Faults around a running server: a full disk, a clock that jumps, an overwritten model, half a message."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.callers import INFER, PATH, Caller, Grpc, Http2, KeepAlive
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, read_until, running, wait_for
-from tests.test_metrics import value
+from tests.support.callers import Caller, Grpc, Http2, KeepAlive
+from tests.support.clients import INFER, PREDICT, make_v1_request
+from tests.support.metrics import metric_value
+from tests.support.pictures import CAT
+from tests.support.servers import Server, read_until, run_server
+from tests.support.waiting import wait_for
 
-BODY = v1_request(CAT).encode()
-HALF = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % PATH.encode()
+BODY = make_v1_request(CAT).encode()
+HALF = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % PREDICT.encode()
 DAY_SECONDS = 24 * 3600
 JUMPING_CLOCK = """
 #define _GNU_SOURCE
@@ -35,7 +37,7 @@ JUMPING_CLOCK = """
 #include <sys/time.h>
 #include <time.h>
 
-/* A day on or a day back, at any reading. */
+/* A day ahead at about half of the readings. */
 static long jump(void) {
     static unsigned readings;
     return (__atomic_fetch_add(&readings, 1, __ATOMIC_RELAXED) * 2654435761u >> 31) * 24 * 3600;
@@ -65,7 +67,7 @@ time_t time(time_t *now) {
 
 @pytest.fixture
 def jumping_clock(tmp_path: Path) -> Path:
-    """A library that has every reader of the time of day see it jump."""
+    """Compile a library to preload, with which the time of day jumps between readings."""
     compiler = shutil.which("cc")
     if not compiler:
         pytest.skip("no C compiler for a clock that jumps")
@@ -76,81 +78,81 @@ def jumping_clock(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def asked_all_the_while(server: Server, model: str, expected: object) -> Iterator[None]:
-    """Two clients that go on asking, and are answered rightly, until some times after the `with`."""
+def keep_sending(server: Server, model: str, expected: object) -> Iterator[None]:
+    """Send requests from two clients during the `with` block and a little longer. Every answer must be correct."""
     answers = []
-    goes_on = True
+    may_send = True
 
-    def ask() -> None:
+    def send() -> None:
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            while goes_on:
+            while may_send:
                 response = client.post(f"/v1/models/{model}:predict", content=BODY)
                 assert (response.status_code, response.json()) == (200, expected)
                 answers.append(response)
 
     with ThreadPoolExecutor(2) as pool:
-        asking = [pool.submit(ask) for _ in range(2)]
+        calls = [pool.submit(send) for _ in range(2)]
         try:
             yield
             seen = len(answers)
-            wait_for(lambda: len(answers) > seen + 4 or any(one.done() for one in asking))
+            wait_for(lambda: len(answers) > seen + 4 or any(call.done() for call in calls), "five more answers")
         finally:
-            goes_on = False
-        for one in asking:
-            one.result()
+            may_send = False
+        for call in calls:
+            call.result()
 
 
-async def test_a_full_disk_under_the_logs_costs_no_request(model_dir: Path, google: ModuleType) -> None:
+async def test_requests_are_answered_when_the_disk_of_the_log_is_full(model_dir: Path, google: ModuleType) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
-    with running(f"--model_dir={model_dir}", stdout=full) as server:
+    with run_server(f"--model_dir={model_dir}", stdout=full) as server:
         os.close(full)
         expected = server.predict(BODY).json()
         assert len(expected["predictions"]) == 1
-        answers = await _answers([Grpc(server.grpc_port, google, CAT)], 2)
+        answers = await _predict_in_turn([Grpc(server.grpc_port, google, CAT)], 2)
         np.testing.assert_allclose(answers, expected["predictions"] * 2, rtol=1e-6)
         assert server.post("/v1/models/nobody:predict", BODY).status_code == 404
         assert server.stop() == 0
 
 
-async def test_a_clock_that_jumps_by_a_day_at_any_reading_changes_nothing_but_dates(
+async def test_a_wall_clock_that_jumps_by_a_day_changes_nothing_but_dates(
     model_dir: Path, google: ModuleType, jumping_clock: Path
 ) -> None:
     environment = {**os.environ, "LD_PRELOAD": str(jumping_clock)}
     flags = (f"--model_dir={model_dir}", "--read_timeout_seconds=1", "--request_timeout_seconds=30")
-    with running(*flags, environment=environment) as server:
+    with run_server(*flags, environment=environment) as server:
         with server.connect() as half:
             half.sendall(HALF)
             callers = [KeepAlive(server, BODY), Http2(server, BODY), Grpc(server.grpc_port, google, CAT)]
-            answers = await _answers(callers, 8)
+            answers = await _predict_in_turn(callers, 8)
             np.testing.assert_allclose(answers, np.repeat(answers[:1], len(answers), axis=0), rtol=1e-6)
             assert read_until(half, b'(1)"}').startswith(b"HTTP/1.1 408 ")
         dates = [parsedate_to_datetime(server.get("/").headers["date"]) for _ in range(30)]
         jumps = [abs((after - before).total_seconds()) for before, after in pairwise(dates)]
         assert max(jumps) > DAY_SECONDS / 2
         for handler in ("preprocess", "predict", "postprocess"):
-            seconds = value(server, f"request_{handler}_seconds_sum", model_name="custom-model")
+            seconds = metric_value(server, f"request_{handler}_seconds_sum", model_name="custom-model")
             assert 0 < seconds < 60
         assert server.stop() == 0
 
 
-async def _answers(callers: list[Caller], times: int) -> list[list[float]]:
-    answers = [await caller.ask() for _ in range(times) for caller in callers]
+async def _predict_in_turn(callers: list[Caller], times: int) -> list[list[float]]:
+    answers = [await caller.predict() for _ in range(times) for caller in callers]
     for caller in callers:
         await caller.close()
     return answers
 
 
-def test_a_model_replaced_by_garbage_under_load_answers_on_until_it_is_loaded_and_harms_no_other(
+def test_a_model_file_overwritten_by_garbage_under_load_affects_only_the_next_load_of_that_model(
     model_dir: Path, tmp_path: Path
 ) -> None:
     good, other = tmp_path / "good", tmp_path / "other"
     for folder in (good, other):
         shutil.copytree(model_dir, folder)
     models = f"--model=good={good},other={other}"
-    with running(models, "--enable_model_repository=true") as server:
+    with run_server(models, "--enable_model_repository=true") as server:
         expected = server.post("/v1/models/good:predict", BODY).json()
-        with asked_all_the_while(server, "good", expected):
-            with asked_all_the_while(server, "other", expected):
+        with keep_sending(server, "good", expected):
+            with keep_sending(server, "other", expected):
                 for file in list(other.iterdir()):
                     garbage = tmp_path / "garbage"
                     garbage.write_bytes(os.urandom(100_000))
@@ -170,8 +172,8 @@ def test_a_model_replaced_by_garbage_under_load_answers_on_until_it_is_loaded_an
 
 
 @contextmanager
-def half_a_message(server: Server) -> Iterator[None]:
-    """A call on the gRPC port whose message has begun and goes no further; the server has seen that."""
+def send_half_a_message(server: Server) -> Iterator[None]:
+    """Open a call on the gRPC port and send half of its message. Yield when the server has received that."""
     client = h2.connection.H2Connection()
     client.initiate_connection()
     pseudo = [(":method", "POST"), (":path", INFER), (":scheme", "http"), (":authority", "x")]
@@ -186,8 +188,8 @@ def half_a_message(server: Server) -> Iterator[None]:
         yield
 
 
-def test_half_a_grpc_message_holds_up_no_stop_beyond_the_grace_period() -> None:
-    flags = ("--predictor=tests.predictors:Echo", "--grace_period_seconds=1")
-    with running(*flags) as server, half_a_message(server):
+def test_half_a_grpc_message_does_not_delay_a_stop_beyond_the_grace_period() -> None:
+    flags = ("--predictor=tests.support.predictors:Echo", "--grace_period_seconds=1")
+    with run_server(*flags) as server, send_half_a_message(server):
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0

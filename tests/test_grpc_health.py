@@ -1,4 +1,4 @@
-"""The standard services beside inference, asked with google's own messages: health and reflection."""
+"""pinnace/grpc/health.py and reflection.py, called with google.protobuf's messages."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 
 from pinnace.proto.generated.descriptors import SERVICES
-from tests.servers import Server, gated, running
-from tests.test_lifecycle import rest
+from tests.support.clients import predict_over_rest
+from tests.support.servers import Server, run_gated_server, run_server
 
-ECHO = "--predictor=tests.predictors:Echo"
+ECHO = "--predictor=tests.support.predictors:Echo"
 INFERENCE = "inference.GRPCInferenceService"
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
 
 
 @pytest.fixture(scope="module")
 def health(google: ModuleType) -> ModuleType:
-    return module_beside(google, "health_pb2")
+    return import_generated(google, "health_pb2")
 
 
 @pytest.fixture(scope="module")
 def reflection(google: ModuleType) -> ModuleType:
-    return module_beside(google, "reflection_pb2")
+    return import_generated(google, "reflection_pb2")
 
 
-def module_beside(google: ModuleType, name: str) -> ModuleType:
-    """Another of the modules that google's protoc has written."""
+def import_generated(google: ModuleType, name: str) -> ModuleType:
+    """Import another module that google's protoc has generated beside `google`."""
     assert google.__file__
     sys.path.insert(0, str(Path(google.__file__).parent))
     try:
@@ -47,20 +47,20 @@ def module_beside(google: ModuleType, name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def reflecting() -> Iterator[Server]:
-    with running(ECHO, "--enable_grpc_reflection=true") as server:
+    with run_server(ECHO, "--enable_grpc_reflection=true") as server:
         yield server
 
 
 PORTS = ["grpc_port", "http_port"]
 
 
-def on(server: Server, port: str) -> grpc.Channel:
-    """A channel to one of the two ports: both answer every service."""
+def open_channel(server: Server, port: str) -> grpc.Channel:
+    """Open a channel to one of the two ports, which both answer every service."""
     return grpc.insecure_channel(f"127.0.0.1:{getattr(server, port)}")
 
 
-def check(server: Server, health: ModuleType, service: str, port: str = "grpc_port") -> int:
-    with on(server, port) as channel:
+def check_health(server: Server, health: ModuleType, service: str, port: str = "grpc_port") -> int:
+    with open_channel(server, port) as channel:
         call: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=lambda message: message.SerializeToString(),
@@ -70,7 +70,7 @@ def check(server: Server, health: ModuleType, service: str, port: str = "grpc_po
         return status
 
 
-def watch(channel: grpc.Channel, health: ModuleType, service: str) -> Iterator[int]:
+def watch_health(channel: grpc.Channel, health: ModuleType, service: str) -> Iterator[int]:
     call: grpc.UnaryStreamMultiCallable[Any, Any] = channel.unary_stream(
         "/grpc.health.v1.Health/Watch",
         request_serializer=lambda message: message.SerializeToString(),
@@ -80,8 +80,10 @@ def watch(channel: grpc.Channel, health: ModuleType, service: str) -> Iterator[i
         yield response.status
 
 
-def reflect(server: Server, reflection: ModuleType, version: str, *requests: Any, port: str = "grpc_port") -> list[Any]:
-    with on(server, port) as channel:
+def send_reflection_requests(
+    server: Server, reflection: ModuleType, version: str, *requests: Any, port: str = "grpc_port"
+) -> list[Any]:
+    with open_channel(server, port) as channel:
         call: grpc.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(
             f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
             request_serializer=lambda message: message.SerializeToString(),
@@ -93,12 +95,12 @@ def reflect(server: Server, reflection: ModuleType, version: str, *requests: Any
 @pytest.mark.parametrize("port", PORTS)
 @pytest.mark.parametrize("service", ["", INFERENCE, "custom-model"])
 def test_a_ready_server_is_serving(service: str, port: str, server: Server, health: ModuleType) -> None:
-    assert check(server, health, service, port) == SERVING
+    assert check_health(server, health, service, port) == SERVING
 
 
-def test_the_health_of_what_is_not_there_is_not_found(server: Server, health: ModuleType) -> None:
+def test_the_health_of_an_unknown_service_is_not_found(server: Server, health: ModuleType) -> None:
     with pytest.raises(grpc.RpcError) as error:
-        check(server, health, "nope")
+        check_health(server, health, "nope")
 
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
 
@@ -108,24 +110,24 @@ def test_the_health_of_what_is_not_there_is_not_found(server: Server, health: Mo
     ("service", "before", "after"),
     [("", SERVING, [NOT_SERVING]), ("custom-model", SERVING, [NOT_SERVING]), ("nope", SERVICE_UNKNOWN, [])],
 )
-def test_a_watcher_hears_of_the_stop_before_the_last_answer(
+def test_a_watcher_gets_not_serving_before_the_last_answer_of_a_stop(
     service: str,
     before: int,
     after: list[int],
     port: str,
     health: ModuleType,
     tmp_path: Path,
-    gate: Callable[[str], Path],
+    make_gate: Callable[[str], Path],
 ) -> None:
-    held = gate("held")
+    held = make_gate("held")
     with (
-        gated(tmp_path) as server,
+        run_gated_server(tmp_path) as server,
         ThreadPoolExecutor() as clients,
-        on(server, port) as channel,
+        open_channel(server, port) as channel,
     ):
-        statuses = watch(channel, health, service)
+        statuses = watch_health(channel, health, service)
         assert next(statuses) == before
-        answer = clients.submit(rest, server, "held")
+        answer = clients.submit(predict_over_rest, server, "held")
         with held.open("wb"):
             server.process.send_signal(signal.SIGTERM)
             assert list(statuses) == after
@@ -135,9 +137,11 @@ def test_a_watcher_hears_of_the_stop_before_the_last_answer(
 
 @pytest.mark.parametrize("port", PORTS)
 @pytest.mark.parametrize("service", ["", "custom-model"])
-def test_a_watcher_hears_of_an_unload_and_of_the_load_after_it(service: str, port: str, health: ModuleType) -> None:
-    with running(ECHO, "--enable_model_repository=true") as server, on(server, port) as channel:
-        statuses = watch(channel, health, service)
+def test_a_watcher_gets_the_status_after_an_unload_and_after_a_load(
+    service: str, port: str, health: ModuleType
+) -> None:
+    with run_server(ECHO, "--enable_model_repository=true") as server, open_channel(server, port) as channel:
+        statuses = watch_health(channel, health, service)
         assert next(statuses) == SERVING
         server.post("/v2/repository/models/custom-model/unload", "")
         assert next(statuses) == NOT_SERVING
@@ -147,7 +151,7 @@ def test_a_watcher_hears_of_an_unload_and_of_the_load_after_it(service: str, por
 
 def test_without_the_flag_there_is_no_reflection(server: Server, reflection: ModuleType) -> None:
     with pytest.raises(grpc.RpcError) as error:
-        reflect(server, reflection, "v1", reflection.ServerReflectionRequest(list_services=""))
+        send_reflection_requests(server, reflection, "v1", reflection.ServerReflectionRequest(list_services=""))
 
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
@@ -157,7 +161,7 @@ def test_without_the_flag_there_is_no_reflection(server: Server, reflection: Mod
 def test_reflection_lists_every_service(version: str, port: str, reflecting: Server, reflection: ModuleType) -> None:
     request = reflection.ServerReflectionRequest(list_services="*", host="here")
 
-    (response,) = reflect(reflecting, reflection, version, request, port=port)
+    (response,) = send_reflection_requests(reflecting, reflection, version, request, port=port)
 
     assert [service.name for service in response.list_services_response.service] == SERVICES
     assert INFERENCE in SERVICES
@@ -165,10 +169,10 @@ def test_reflection_lists_every_service(version: str, port: str, reflecting: Ser
 
 
 @pytest.mark.parametrize("port", PORTS)
-def test_a_long_stream_holds_no_more_than_the_message_that_is_read(port: str, reflection: ModuleType) -> None:
+def test_a_long_stream_holds_only_one_message_in_memory(port: str, reflection: ModuleType) -> None:
     request = reflection.ServerReflectionRequest(list_services="*", host="h" * 100_000)
-    with running(ECHO, "--enable_grpc_reflection=true", "--max_queue_bytes=500000") as server:
-        assert len(reflect(server, reflection, "v1", *[request] * 20, port=port)) == 20
+    with run_server(ECHO, "--enable_grpc_reflection=true", "--max_queue_bytes=500000") as server:
+        assert len(send_reflection_requests(server, reflection, "v1", *[request] * 20, port=port)) == 20
 
 
 @pytest.mark.parametrize(
@@ -181,10 +185,10 @@ def test_a_long_stream_holds_no_more_than_the_message_that_is_read(port: str, re
         ("grpc.reflection.v1.ServerReflection", "reflection.proto"),
     ],
 )
-def test_reflection_knows_the_file_of_every_symbol(
+def test_reflection_returns_the_file_of_every_symbol(
     symbol: str, file: str, reflecting: Server, reflection: ModuleType, google: ModuleType
 ) -> None:
-    by_symbol, by_name = reflect(
+    by_symbol, by_name = send_reflection_requests(
         reflecting,
         reflection,
         "v1",
@@ -196,12 +200,12 @@ def test_reflection_knows_the_file_of_every_symbol(
     assert list(by_name.file_descriptor_response.file_descriptor_proto) == [descriptor]
     pool = DescriptorPool()
     pool.AddSerializedFile(descriptor)
-    theirs = module_beside(google, file.replace(".proto", "_pb2")).DESCRIPTOR
-    assert metadata(pool.FindFileByName(file)) == metadata(theirs)
+    expected = import_generated(google, file.replace(".proto", "_pb2")).DESCRIPTOR
+    assert describe(pool.FindFileByName(file)) == describe(expected)
 
 
-def metadata(file: Any) -> dict[str, list[tuple[Any, ...]]]:
-    """Fields of the messages and methods of the services, as google.protobuf understands them."""
+def describe(file: Any) -> dict[str, list[tuple[Any, ...]]]:
+    """Return the fields of the messages and the methods of the services of a file descriptor."""
     messages = {
         message.full_name: [(field.name, field.number, field.type) for field in message.fields]
         for message in file.message_types_by_name.values()
@@ -221,18 +225,20 @@ def metadata(file: Any) -> dict[str, list[tuple[Any, ...]]]:
         ("all_extension_numbers_of_type", "inference.ModelInferRequest", 12),
     ],
 )
-def test_reflection_says_what_it_does_not_know(
+def test_reflection_answers_an_unknown_name_with_an_error_code(
     field: str, value: str, code: int, reflecting: Server, reflection: ModuleType
 ) -> None:
-    (response,) = reflect(reflecting, reflection, "v1", reflection.ServerReflectionRequest(**{field: value}))
+    (response,) = send_reflection_requests(
+        reflecting, reflection, "v1", reflection.ServerReflectionRequest(**{field: value})
+    )
 
     assert response.error_response.error_code == code
 
 
-def test_neither_service_loads_googles_protobuf(health: ModuleType, reflection: ModuleType) -> None:
-    with running(ECHO, "--enable_grpc_reflection=true", python_flags=["-X", "importtime"]) as server:
-        check(server, health, "")
-        reflect(server, reflection, "v1", reflection.ServerReflectionRequest(list_services=""))
+def test_neither_service_imports_google_protobuf(health: ModuleType, reflection: ModuleType) -> None:
+    with run_server(ECHO, "--enable_grpc_reflection=true", python_flags=["-X", "importtime"]) as server:
+        check_health(server, health, "")
+        send_reflection_requests(server, reflection, "v1", reflection.ServerReflectionRequest(list_services=""))
         assert server.stop() == 0
 
     assert not [line for line in server.log if re.search(r"\| +google", line)]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.pods import Pod, pod, skip_without_namespaces
+from tests.support.pods import Pod, run_pod, skip_without_namespaces
 
 
 @pytest.fixture(scope="module")
 def elsewhere(model_dir: Path) -> Iterator[Pod]:
     """A server whose flags have moved its ports."""
     skip_without_namespaces()
-    with pod(["--http_port=9000", "--grpc_port=9001"], {"PATH": os.environ["PATH"]}, model_dir) as it:
+    with run_pod(["--http_port=9000", "--grpc_port=9001"], {"PATH": os.environ["PATH"]}, model_dir) as it:
         yield it
 
 

@@ -1,4 +1,4 @@
-"""pinnace/http_server.py: what becomes of connections."""
+"""pinnace/http/server.py: the life of connections."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -22,9 +23,16 @@ import h2.events
 import httpx
 import pytest
 
-from tests.conftest import grpc_call
-from tests.servers import Server, gated, read_until, running, start_failing
-from tests.test_lifecycle import wait_until_refused
+from tests.support.clients import call_grpc
+from tests.support.servers import (
+    Server,
+    expect_start_failure,
+    read_until,
+    refuses_connections,
+    run_gated_server,
+    run_server,
+)
+from tests.support.waiting import wait_for
 
 PREDICT = "/v1/models/custom-model:predict"
 GATED_REQUEST = (
@@ -32,9 +40,9 @@ GATED_REQUEST = (
 )
 
 
-def test_a_connection_that_its_client_closed_is_closed(server: Server) -> None:
+def test_the_server_closes_a_connection_that_its_client_has_closed(server: Server) -> None:
     server.get("/")
-    before = server.descriptors()
+    before = server.count_descriptors()
 
     for _ in range(50):
         server.get("/")
@@ -43,33 +51,33 @@ def test_a_connection_that_its_client_closed_is_closed(server: Server) -> None:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_connection_left_while_its_request_is_answered_is_closed(
-    reset: bool, tmp_path: Path, gate: Callable[[str], Path]
+def test_a_connection_that_its_client_closes_during_a_request_is_closed(
+    reset: bool, tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    with gated(tmp_path) as server:
+    with run_gated_server(tmp_path) as server:
         server.get("/")
-        before = server.descriptors()
+        before = server.count_descriptors()
 
         for number in range(20):
-            held = gate(f"gate {number:02}")
+            held = make_gate(f"gate {number:02}")
             with server.connect() as connection:
                 connection.sendall(GATED_REQUEST % held.name.encode())
-                with held.open("wb"):  # opens when the request is being answered
+                with held.open("wb"):  # blocks until the request has reached the gate
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
                     connection.close()
 
         server.wait_for_descriptors(before)
 
 
-def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(
-    tmp_path: Path, gate: Callable[[str], Path]
+def test_an_http_2_connection_that_its_client_closes_during_a_request_is_closed(
+    tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    with gated(tmp_path) as server:
+    with run_gated_server(tmp_path) as server:
         server.get("/")
-        before = server.descriptors()
+        before = server.count_descriptors()
 
         for number in range(10):
-            held = gate(f"gate {number:02}")
+            held = make_gate(f"gate {number:02}")
             body = f'{{"instances": ["{held.name}"]}}'
             url = f"{server.url}/v1/models/custom-model:predict"
             with subprocess.Popen(["curl", "-sS", "--http2-prior-knowledge", "-d", body, url]) as curl, held.open("wb"):
@@ -78,30 +86,30 @@ def test_an_http_2_connection_left_while_its_request_is_answered_is_closed(
         server.wait_for_descriptors(before)
 
 
-def test_an_idle_connection_stays_open_for_the_next_request_and_is_closed_in_the_end() -> None:
+def test_an_idle_connection_is_kept_open_until_timeout_keep_alive() -> None:
     with (
-        running("--predictor=tests.predictors:Echo", "--timeout_keep_alive=1") as server,
+        run_server("--predictor=tests.support.predictors:Echo", "--timeout_keep_alive=1") as server,
         server.connect() as connection,
     ):
         for _ in range(3):
             connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_until(connection, b'{"status":"alive"}').startswith(b"HTTP/1.1 200 ")
 
-        assert connection.recv(65536) == b""  # after a second, by the server
+        assert connection.recv(65536) == b""  # the server closes it after a second
 
 
 @pytest.mark.parametrize("milliseconds", [0.05, 0.1, 0.3])
-def test_what_comes_over_idle_connections_while_it_stops_is_answered_or_not_taken(
+def test_a_request_on_an_idle_connection_during_a_stop_is_answered_or_not_accepted(
     milliseconds: float, tmp_path: Path
 ) -> None:
-    """One request each, so long after the other: those that the log has are those that got an answer."""
+    """Send one request per connection at this interval. The logged requests are exactly the answered ones."""
     request, answer = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", b'{"models":["custom-model"]}'
     with (
         (tmp_path / "access").open("w") as stdout,
-        running("--predictor=tests.predictors:Echo", stdout=stdout) as server,
-        ExitStack() as opened,
+        run_server("--predictor=tests.support.predictors:Echo", stdout=stdout) as server,
+        ExitStack() as stack,
     ):
-        connections = [opened.enter_context(server.connect()) for _ in range(400)]
+        connections = [stack.enter_context(server.connect()) for _ in range(400)]
         for connection in connections:
             connection.sendall(request)
             read_until(connection, answer)
@@ -114,15 +122,15 @@ def test_what_comes_over_idle_connections_while_it_stops_is_answered_or_not_take
             with suppress(OSError):
                 connection.sendall(request)
             due += milliseconds / 1000
-        answered = sum(received(connection).endswith(answer) for connection in connections)
+        answered = sum(receive_all(connection).endswith(answer) for connection in connections)
         assert server.wait() == 0
 
     assert (tmp_path / "access").read_text().count('"GET /v1/models ') == len(connections) + answered
     assert answered >= 100
 
 
-def received(connection: socket.socket) -> bytes:
-    """All until it is closed, politely or not."""
+def receive_all(connection: socket.socket) -> bytes:
+    """Return everything until the connection is closed or reset."""
     data = b""
     with suppress(OSError):
         while chunk := connection.recv(65536):
@@ -130,24 +138,24 @@ def received(connection: socket.socket) -> bytes:
     return data
 
 
-def test_without_a_host_every_interface_is_listened_on() -> None:
-    with running("--predictor=tests.predictors:Echo", "--host=") as server:
+def test_without_a_host_the_server_listens_on_every_interface() -> None:
+    with run_server("--predictor=tests.support.predictors:Echo", "--host=") as server:
         assert httpx.get(f"http://127.0.0.1:{server.http_port}/").status_code == 200
         if socket.has_ipv6:
             assert httpx.get(f"http://[::1]:{server.http_port}/").status_code == 200
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
-def test_an_address_that_is_not_ours_stops_the_start(host: str) -> None:
-    code, lines = start_failing("--predictor=tests.predictors:Echo", f"--host={host}", "--http_port=0")
+def test_an_address_of_another_machine_stops_the_start(host: str) -> None:
+    code, lines = expect_start_failure("--predictor=tests.support.predictors:Echo", f"--host={host}", "--http_port=0")
 
     assert (code, len(lines)) == (3, 1)
     assert lines[0].startswith("app.py: HTTP cannot listen on port 0 of ")
 
 
-def test_of_too_many_connections_the_one_that_is_idle_longest_is_closed_for_the_newcomer() -> None:
+def test_at_max_connections_a_new_connection_evicts_the_one_that_is_idle_longest() -> None:
     with (
-        running("--predictor=tests.predictors:Echo", "--max_connections=2") as server,
+        run_server("--predictor=tests.support.predictors:Echo", "--max_connections=2") as server,
         server.connect() as oldest,
         server.connect() as used,
     ):
@@ -161,9 +169,11 @@ def test_of_too_many_connections_the_one_that_is_idle_longest_is_closed_for_the_
         assert read_until(oldest, b'{"status":"alive"}')
 
 
-def test_where_every_connection_has_a_request_one_more_is_refused(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    held = gate("held")
-    with gated(tmp_path, "--max_connections=1") as server:
+def test_a_connection_is_refused_when_max_connections_have_requests_in_flight(
+    tmp_path: Path, make_gate: Callable[[str], Path]
+) -> None:
+    held = make_gate("held")
+    with run_gated_server(tmp_path, "--max_connections=1") as server:
         with server.connect() as busy:
             busy.sendall(GATED_REQUEST.replace(b"26", b"23") % b"held")
             with held.open("wb"), server.connect() as refused:
@@ -173,28 +183,28 @@ def test_where_every_connection_has_a_request_one_more_is_refused(tmp_path: Path
         assert server.get("/").status_code == 200
 
 
-def test_the_grpc_port_takes_no_more_connections_than_allowed(google: ModuleType) -> None:
+def test_the_grpc_port_accepts_at_most_max_connections(google: ModuleType) -> None:
     alone = [("grpc.use_local_subchannel_pool", 1)]
     with (
-        running("--predictor=tests.predictors:Echo", "--max_connections=1") as server,
+        run_server("--predictor=tests.support.predictors:Echo", "--max_connections=1") as server,
         grpc.insecure_channel(server.grpc_address, alone) as first,
         grpc.insecure_channel(server.grpc_address, alone) as second,
     ):
-        assert grpc_call(first, google, "ServerLive", google.ServerLiveRequest()).live
+        assert call_grpc(first, google, "ServerLive", google.ServerLiveRequest()).live
         with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
-            grpc_call(second, google, "ServerLive", google.ServerLiveRequest())
-        assert grpc_call(first, google, "ServerLive", google.ServerLiveRequest()).live
+            call_grpc(second, google, "ServerLive", google.ServerLiveRequest())
+        assert call_grpc(first, google, "ServerLive", google.ServerLiveRequest()).live
 
 
-def test_a_shells_limit_of_descriptors_is_no_limit_of_connections() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with running("--predictor=tests.predictors:Echo") as server:
+def test_the_soft_limit_of_descriptors_is_raised_to_the_hard_limit() -> None:
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         limits = Path(f"/proc/{server.process.pid}/limits").read_text()
 
-    assert re.search(rf"^Max open files +{most} +{most} ", limits, re.MULTILINE)
+    assert re.search(rf"^Max open files +{hard_limit} +{hard_limit} ", limits, re.MULTILINE)
 
 
-def http2_connection() -> h2.connection.H2Connection:
+def open_http2_connection() -> h2.connection.H2Connection:
     connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
     connection.initiate_connection()
     return connection
@@ -205,17 +215,17 @@ def send_request(connection: h2.connection.H2Connection, stream: int, body: byte
     connection.send_data(stream, body, end_stream=True)
 
 
-def test_a_stopping_server_refuses_new_streams_and_answers_the_others_of_their_connection(
-    tmp_path: Path, gate: Callable[[str], Path]
+def test_a_stopping_server_refuses_new_streams_and_answers_those_in_flight_on_the_connection(
+    tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    held, connection = gate("held"), http2_connection()
+    held, connection = make_gate("held"), open_http2_connection()
     seen: list[h2.events.Event] = []
-    with gated(tmp_path) as server, server.connect() as socket:
+    with run_gated_server(tmp_path) as server, server.connect() as socket:
         send_request(connection, 1, b'{"instances": ["held"]}')
         socket.sendall(connection.data_to_send())
         with held.open("wb"):
             server.process.send_signal(signal.SIGTERM)
-            wait_until_refused(server.http_port)
+            wait_for(partial(refuses_connections, server.http_port), "a closed HTTP port")
             send_request(connection, 3, b'{"instances": ["another"]}')
             socket.sendall(connection.data_to_send())
             while not any(isinstance(event, h2.events.StreamReset) for event in seen):
@@ -230,7 +240,7 @@ def test_a_stopping_server_refuses_new_streams_and_answers_the_others_of_their_c
     assert (response.stream_id, next(str(value) for _, value in response.headers)) == (1, "200")
 
 
-def test_a_connection_that_fails_fails_alone_and_is_a_line_in_the_log(server: Server) -> None:
+def test_a_failing_connection_is_logged_and_does_not_affect_others(server: Server) -> None:
     connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
     connection.initiate_connection()
     pseudo = [(b":method", b"GET"), (b":path", b"/\xff"), (b":scheme", b"http"), (b":authority", b"x")]

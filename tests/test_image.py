@@ -1,4 +1,4 @@
-"""pinnace/image.py against torchvision's own preset and loader: the same pixels, to the bit."""
+"""pinnace/models/image.py against torchvision's preset and loader: bit-equal pixels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from model_export.export import make_card
@@ -19,7 +17,8 @@ from model_export.source import Source
 from model_export.vision import torchvision
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.image import Preprocessing, decode, image_bytes
-from tests.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encoded
+from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encode_picture
+from tests.support.reference import preprocess_with_torchvision
 
 MANY_PIXELS = 100_000_000
 
@@ -30,43 +29,25 @@ def preprocessing(original: Source) -> Preprocessing:
     return Preprocessing(card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std)
 
 
-def torchvisions_pixels(original: Source, data: bytes) -> NDArray[np.float32]:
-    pixels: torch.Tensor = original.preset(torchvisions_picture(data))
-    return pixels.numpy()
-
-
-def torchvisions_picture(data: bytes) -> Image.Image:
-    """As torchvision.datasets' loader makes it, which reads files."""
-    picture = Image.open(io.BytesIO(data))
-    if picture.mode == "I;16":
-        # That loader clips 16 bits to white; this is torchvision's own conversion to eight.
-        wide = torch.from_numpy(np.asarray(picture).astype(np.int32) << 15)
-        narrow = torchvision.transforms.functional.convert_image_dtype(wide, torch.uint8)
-        return Image.fromarray(narrow.numpy()).convert("RGB")
-    if "transparency" in picture.info:
-        picture.info.pop("transparency")  # Pillow warns of it, and drops it
-    return picture.convert("RGB")
-
-
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, *MODES])
-def test_pixels_equal_torchvisions_to_the_bit(name: str, preprocessing: Preprocessing, original: Source) -> None:
+def test_pixels_are_bit_equal_to_torchvisions(name: str, preprocessing: Preprocessing, original: Source) -> None:
     data = {**PHOTOGRAPHS, **MODES}[name]
 
     pixels = preprocessing(decode(data, MANY_PIXELS))
 
     assert pixels.dtype == np.float32
-    np.testing.assert_array_equal(pixels, torchvisions_pixels(original, data))
+    np.testing.assert_array_equal(pixels, preprocess_with_torchvision(original, data))
 
 
 @pytest.mark.parametrize("name", SIXTEEN_BIT)
-def test_sixteen_bits_keep_their_picture_instead_of_going_white(name: str) -> None:
+def test_a_16_bit_picture_is_scaled_and_not_clipped_to_white(name: str) -> None:
     grey = np.asarray(Image.open(io.BytesIO(CAT)).convert("L"))
 
     np.testing.assert_array_equal(np.asarray(decode(MODES[name], MANY_PIXELS))[:, :, 0], grey)
 
 
 @pytest.mark.parametrize("architecture", ["resnet50", "efficientnet_b0", "inception_v3", "vit_h_14", "swin_v2_t"])
-def test_other_architectures_presets_give_torchvisions_pixels_too(architecture: str) -> None:
+def test_presets_of_other_architectures_give_torchvisions_pixels(architecture: str) -> None:
     preset: Any = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
     preprocessing = Preprocessing(
         preset.resize_size[0], preset.crop_size[0], preset.interpolation.name, tuple(preset.mean), tuple(preset.std)
@@ -78,12 +59,12 @@ def test_other_architectures_presets_give_torchvisions_pixels_too(architecture: 
 
 
 @pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (2, 10_000), (300, 100_000)])
-def test_an_extreme_strip_is_resized_only_where_it_is_cropped(
+def test_only_the_cropped_part_of_a_narrow_strip_is_resized(
     size: tuple[int, int], preprocessing: Preprocessing
 ) -> None:
     ramp = Image.linear_gradient("L").resize(size).convert("RGB")
 
-    pixels = preprocessing(decode(encoded(ramp, "PNG"), MANY_PIXELS))
+    pixels = preprocessing(decode(encode_picture(ramp, "PNG"), MANY_PIXELS))
 
     middle = np.asarray(ramp)[size[1] // 2, size[0] // 2]
     mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
@@ -91,18 +72,18 @@ def test_an_extreme_strip_is_resized_only_where_it_is_cropped(
     assert np.abs(shown - middle).max() <= 2
 
 
-def test_only_the_first_frame_is_shown() -> None:
+def test_only_the_first_frame_is_decoded() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
 
     for file_format in ("GIF", "WEBP", "TIFF", "PNG"):
         options = {"save_all": True, "append_images": frames[1:]}
         if file_format == "WEBP":
             options["lossless"] = True
-        assert decode(encoded(frames[0], file_format, **options), MANY_PIXELS).getpixel((4, 4)) == (255, 0, 0)
+        assert decode(encode_picture(frames[0], file_format, **options), MANY_PIXELS).getpixel((4, 4)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_an_image_is_found_in_a_bytes_element_raw_or_as_base64_text(name: str) -> None:
+def test_a_bytes_element_is_an_image_or_base64_text_of_one(name: str) -> None:
     data = MODES[name]
 
     assert image_bytes(data) == data
@@ -111,7 +92,7 @@ def test_an_image_is_found_in_a_bytes_element_raw_or_as_base64_text(name: str) -
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"%PDF-1.7", b"<svg/>", b"P6 1 1 255 abc", b"\0\0\1\0" + b"\0" * 60])
-def test_what_is_no_image_of_the_promised_formats_is_refused(data: bytes) -> None:
+def test_data_of_an_unsupported_format_is_refused(data: bytes) -> None:
     with pytest.raises(
         InvalidInput, match=r"^neither an image \(JPEG, PNG, WEBP, GIF, BMP, TIFF\) nor base64 text of one$"
     ):

@@ -1,4 +1,4 @@
-"""KServe's gRPC contract (SDK 0.20.0, as probed on the wire), row by row, on both ports; where we differ, with why."""
+"""KServe's gRPC API (SDK 0.20.0, observed on the wire), row by row, on both ports. `differs` says why we differ."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from tests.conftest import grpc_call
-from tests.pictures import CAT
-from tests.servers import Server, running
-from tests.test_grpc import image_request, tensor_request
+from tests.support.clients import call_grpc, make_image_request, make_tensor_request
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_server
 
 MODEL = "custom-model"
 NO_MODEL = "Model with name nope does not exist."
 PIXELS = np.zeros((2, 3, 224, 224), np.float32)
 
-MESSAGES = {
+FIELDS = {
     "ServerLiveRequest": "",
     "ServerReadyRequest": "",
     "ServerMetadataRequest": "",
@@ -63,26 +62,26 @@ TYPES = {
 }
 
 
-def metadata(message: Descriptor) -> str:
+def describe_fields(message: Descriptor) -> str:
     fields = []
-    for one in message.fields:
-        kind = one.message_type.name if one.message_type else TYPES[one.type]
-        fields.append(f"{one.name}: {'repeated ' if one.is_repeated else ''}{kind}={one.number}")
+    for field in message.fields:
+        type_name = field.message_type.name if field.message_type else TYPES[field.type]
+        fields.append(f"{field.name}: {'repeated ' if field.is_repeated else ''}{type_name}={field.number}")
     return "; ".join(fields)
 
 
-@pytest.mark.parametrize("name", MESSAGES)
-def test_message(name: str, google: ModuleType) -> None:
+@pytest.mark.parametrize("name", FIELDS)
+def test_message_has_kserves_fields(name: str, google: ModuleType) -> None:
     message = google
     for part in name.split("."):
         message = getattr(message, part)
 
-    assert metadata(message.DESCRIPTOR) == MESSAGES[name]
+    assert describe_fields(message.DESCRIPTOR) == FIELDS[name]
 
 
 @dataclass(frozen=True)
 class Row:
-    """`request` is made with google's messages. `answer` checks the response, or is the error's status and details."""
+    """A call. `request` makes its message; `answer` checks the response, or is status and details of the error."""
 
     name: str
     method: str
@@ -93,56 +92,56 @@ class Row:
     def check(self, channel: grpc.Channel, google: ModuleType) -> None:
         request = self.request(google)
         if callable(self.answer):
-            assert self.answer(grpc_call(channel, google, self.method, request))
+            assert self.answer(call_grpc(channel, google, self.method, request))
             return
         with pytest.raises(grpc.RpcError) as error:
-            grpc_call(channel, google, self.method, request)
+            call_grpc(channel, google, self.method, request)
         code, details = self.answer
         assert error.value.code().name == code
         assert (error.value.details() or "").startswith(details)
 
 
-def infer(name: str, request: Callable[[ModuleType], Any], answer: Any, differs: str = "") -> Row:
+def make_infer_row(name: str, request: Callable[[ModuleType], Any], answer: Any, differs: str = "") -> Row:
     return Row(name, "ModelInfer", request, answer, differs)
 
 
-def raw_bytes(google: ModuleType, *raw: bytes) -> Any:
+def make_raw_request(google: ModuleType, *raw: bytes) -> Any:
     request = google.ModelInferRequest(model_name=MODEL)
     request.inputs.add(name="input-0", datatype="BYTES", shape=[1])
     request.raw_input_contents.extend(raw)
     return request
 
 
-def with_contents_too(google: ModuleType) -> Any:
-    request = image_request(google, CAT)
+def make_request_with_both_contents(google: ModuleType) -> Any:
+    request = make_image_request(google, CAT)
     request.raw_input_contents.append(b"")
     return request
 
 
-def with_parameter(google: ModuleType) -> Any:
-    request = image_request(google, CAT)
+def make_request_with_parameter(google: ModuleType) -> Any:
+    request = make_image_request(google, CAT)
     request.parameters["a"].string_param = "b"
     return request
 
 
-def with_datatype(google: ModuleType, datatype: str) -> Any:
-    request = image_request(google, CAT)
+def make_request_with_datatype(google: ModuleType, datatype: str) -> Any:
+    request = make_image_request(google, CAT)
     request.inputs[0].datatype = datatype
     return request
 
 
-def with_output(google: ModuleType, name: str) -> Any:
-    request = image_request(google, CAT)
+def make_request_with_output(google: ModuleType, name: str) -> Any:
+    request = make_image_request(google, CAT)
     request.outputs.add(name=name)
     return request
 
 
-def typed(response: Any) -> Any:
+def has_typed_output(response: Any) -> Any:
     (output,) = response.outputs
     return len(output.contents.fp32_contents) == 5 and not response.raw_output_contents
 
 
-def raw(response: Any) -> Any:
+def has_raw_output(response: Any) -> Any:
     (output,), (contents,) = response.outputs, response.raw_output_contents
     return output.parameters["binary_data_size"].int64_param == len(contents) == 4 * output.shape[0] * output.shape[1]
 
@@ -158,61 +157,70 @@ SEMANTICS = [
         lambda g: g.ModelMetadataRequest(name=MODEL),
         lambda r: (r.inputs[0].datatype, list(r.outputs[0].shape), list(r.versions)) == ("BYTES", [-1, 5], []),
     ),
-    infer("typed in, typed out", lambda g: image_request(g, CAT), typed),
-    infer("raw in, raw out", lambda g: raw_bytes(g, struct.pack("<I", len(CAT)) + CAT), raw, "no raw BYTES in KServe"),
-    infer("id echoed", lambda g: image_request(g, CAT, id="abc"), lambda r: r.id == "abc"),
-    infer("id empty", lambda g: image_request(g, CAT), lambda r: len(r.id) == 36),
-    infer("model_name echoed", lambda g: image_request(g, CAT), lambda r: r.model_name == MODEL),
-    infer("model_version ignored", lambda g: image_request(g, CAT, model_version="7"), typed),
-    infer("parameters not echoed", with_parameter, lambda r: not r.parameters),
-    infer(
+    make_infer_row("typed in, typed out", lambda g: make_image_request(g, CAT), has_typed_output),
+    make_infer_row(
+        "raw in, raw out",
+        lambda g: make_raw_request(g, struct.pack("<I", len(CAT)) + CAT),
+        has_raw_output,
+        "no raw BYTES in KServe",
+    ),
+    make_infer_row("id echoed", lambda g: make_image_request(g, CAT, id="abc"), lambda r: r.id == "abc"),
+    make_infer_row("id empty", lambda g: make_image_request(g, CAT), lambda r: len(r.id) == 36),
+    make_infer_row("model_name echoed", lambda g: make_image_request(g, CAT), lambda r: r.model_name == MODEL),
+    make_infer_row("model_version ignored", lambda g: make_image_request(g, CAT, model_version="7"), has_typed_output),
+    make_infer_row("parameters not echoed", make_request_with_parameter, lambda r: not r.parameters),
+    make_infer_row(
         "outputs requested",
-        lambda g: with_output(g, "labels"),
+        lambda g: make_request_with_output(g, "labels"),
         lambda r: r.outputs[0].name == "labels",
         "ignored there",
     ),
-    infer(
+    make_infer_row(
         "unknown output",
-        lambda g: with_output(g, "foo"),
+        lambda g: make_request_with_output(g, "foo"),
         ("INVALID_ARGUMENT", f"Unexpected inference output 'foo' for model '{MODEL}'"),
         "KServe answers with all outputs: over REST it refuses, as here",
     ),
-    infer(
+    make_infer_row(
         "raw contents without input",
-        lambda g: raw_bytes(g, b"", b""),
+        lambda g: make_raw_request(g, b"", b""),
         (
             "INVALID_ARGUMENT",
             "the number of inputs (1) does not match the expected number of raw input contents (2) "
             f"for model '{MODEL}'.",
         ),
     ),
-    infer(
+    make_infer_row(
         "raw beside typed contents",
-        with_contents_too,
+        make_request_with_both_contents,
         ("INVALID_ARGUMENT", "contents field must not be specified when using raw_input_contents for input 'input-0'"),
     ),
-    infer(
+    make_infer_row(
         "datatype in lower case",
-        lambda g: with_datatype(g, "bytes"),
+        lambda g: make_request_with_datatype(g, "bytes"),
         ("INVALID_ARGUMENT", "input 'input-0': its datatype is not one of BOOL"),
     ),
-    infer(
+    make_infer_row(
         "typed FP16",
-        lambda g: with_datatype(g, "FP16"),
+        lambda g: make_request_with_datatype(g, "FP16"),
         ("INVALID_ARGUMENT", "input 'input-0': FP16 travels in raw_input_contents only"),
     ),
 ]
 
 SHAPES = [
-    infer("e2e: shape [], typed BYTES", lambda g: image_request(g, CAT, shape=[]), typed),
-    infer("the tutorial's client: shape [1]", lambda g: image_request(g, CAT, shape=[1]), typed),
-    infer("ImageTransformer: raw FP32 of two rows", lambda g: tensor_request(g, PIXELS, raw=True), raw),
-    infer("typed FP32", lambda g: tensor_request(g, PIXELS[:1], raw=False), typed),
+    make_infer_row("e2e: shape [], typed BYTES", lambda g: make_image_request(g, CAT, shape=[]), has_typed_output),
+    make_infer_row(
+        "the tutorial's client: shape [1]", lambda g: make_image_request(g, CAT, shape=[1]), has_typed_output
+    ),
+    make_infer_row(
+        "ImageTransformer: raw FP32 of two rows", lambda g: make_tensor_request(g, PIXELS, raw=True), has_raw_output
+    ),
+    make_infer_row("typed FP32", lambda g: make_tensor_request(g, PIXELS[:1], raw=False), has_typed_output),
 ]
 
-HID = "INTERNAL in KServe, which hides what the client did wrong"
+HIDDEN = "INTERNAL in KServe, which hides the client's mistake"
 ERRORS = [
-    infer("unknown model: infer", lambda g: g.ModelInferRequest(model_name="nope"), ("NOT_FOUND", NO_MODEL)),
+    make_infer_row("unknown model: infer", lambda g: g.ModelInferRequest(model_name="nope"), ("NOT_FOUND", NO_MODEL)),
     Row("unknown model: ready", "ModelReady", lambda g: g.ModelReadyRequest(name="nope"), ("NOT_FOUND", NO_MODEL)),
     Row(
         "unknown model: metadata",
@@ -227,24 +235,27 @@ ERRORS = [
         ("UNIMPLEMENTED", "The model repository is off"),
         "KServe's own are broken: INTERNAL even where they succeed",
     ),
-    infer(
-        "bad image", lambda g: image_request(g, b"hello"), ("INVALID_ARGUMENT", "input 'input-0', row 0: neither"), HID
+    make_infer_row(
+        "bad image",
+        lambda g: make_image_request(g, b"hello"),
+        ("INVALID_ARGUMENT", "input 'input-0', row 0: neither"),
+        HIDDEN,
     ),
-    infer(
+    make_infer_row(
         "wrong shape",
-        lambda g: tensor_request(g, PIXELS[:, :1], raw=True),
+        lambda g: make_tensor_request(g, PIXELS[:, :1], raw=True),
         ("INVALID_ARGUMENT", "input 'INPUT__0' is FP32 of shape [2, 1, 224, 224]"),
-        HID,
+        HIDDEN,
     ),
-    infer(
+    make_infer_row(
         "no inputs",
         lambda g: g.ModelInferRequest(model_name=MODEL),
         ("INVALID_ARGUMENT", "the request has no instances"),
-        HID,
+        HIDDEN,
     ),
-    infer(
+    make_infer_row(
         "over the receive limit",
-        lambda g: image_request(g, bytes(8 * 2**20)),
+        lambda g: make_image_request(g, bytes(8 * 2**20)),
         ("RESOURCE_EXHAUSTED", "SERVER: Received message larger than max (83886"),
     ),
 ]
@@ -256,7 +267,7 @@ def test_semantics(row: Row, channel: grpc.Channel, google: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("row", SHAPES, ids=lambda row: row.name)
-def test_shape_that_real_clients_send(row: Row, channel: grpc.Channel, google: ModuleType) -> None:
+def test_request_of_a_real_client(row: Row, channel: grpc.Channel, google: ModuleType) -> None:
     row.check(channel, google)
 
 
@@ -267,7 +278,7 @@ def test_error(row: Row, channel: grpc.Channel, google: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def failing() -> Iterator[Server]:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         yield server
 
 
@@ -283,18 +294,18 @@ def failing() -> Iterator[Server]:
 def test_error_of_the_handler(raised: str, code: str, details: str, failing: Server, google: ModuleType) -> None:
     """NotImplementedError and ModelNotReady are UNKNOWN in KServe, by a bug of its interceptor."""
     with grpc.insecure_channel(failing.grpc_address) as channel:
-        infer("", lambda g: image_request(g, raised.encode()), (code, details)).check(channel, google)
+        make_infer_row("", lambda g: make_image_request(g, raised.encode()), (code, details)).check(channel, google)
 
 
 def test_model_not_ready(google: ModuleType) -> None:
-    """KServe loads it on the event loop and runs it; its ServerReady is always true."""
-    with running("--predictor=tests.predictors:Echo", "--enable_model_repository=true") as server:
+    """KServe loads the model on the event loop and runs the request; its ServerReady is always true."""
+    with run_server("--predictor=tests.support.predictors:Echo", "--enable_model_repository=true") as server:
         server.post(f"/v2/repository/models/{MODEL}/unload", "")
         with grpc.insecure_channel(server.grpc_address) as channel:
             not_ready = ("UNAVAILABLE", f"Model with name {MODEL} is not ready.")
-            infer("", lambda g: image_request(g, CAT), not_ready).check(channel, google)
-            assert not grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name=MODEL)).ready
-            assert not grpc_call(channel, google, "ServerReady", google.ServerReadyRequest()).ready
+            make_infer_row("", lambda g: make_image_request(g, CAT), not_ready).check(channel, google)
+            assert not call_grpc(channel, google, "ModelReady", google.ModelReadyRequest(name=MODEL)).ready
+            assert not call_grpc(channel, google, "ServerReady", google.ServerReadyRequest()).ready
 
 
 @pytest.mark.parametrize(
@@ -311,7 +322,7 @@ def test_model_not_ready(google: ModuleType) -> None:
     ],
     ids=["undecodable protobuf: UNKNOWN in KServe", "unknown method", "unknown service"],
 )
-def test_bytes(message: bytes, method: str, code: str, details: str, channel: grpc.Channel) -> None:
+def test_malformed_call(message: bytes, method: str, code: str, details: str, channel: grpc.Channel) -> None:
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{method}")
 
     with pytest.raises(grpc.RpcError) as error:
@@ -321,21 +332,21 @@ def test_bytes(message: bytes, method: str, code: str, details: str, channel: gr
     assert (error.value.details() or "").startswith(details)
 
 
-def test_no_metadata_comes_back(channel: grpc.Channel, google: ModuleType) -> None:
+def test_the_response_has_no_metadata(channel: grpc.Channel, google: ModuleType) -> None:
     call: grpc.UnaryUnaryMultiCallable[Any, bytes] = channel.unary_unary(
         "/inference.GRPCInferenceService/ModelInfer", request_serializer=lambda message: message.SerializeToString()
     )
 
-    _, done = call.with_call(image_request(google, CAT), timeout=60, metadata=(("request_type", "grpc_v2"),))
+    _, done = call.with_call(make_image_request(google, CAT), timeout=60, metadata=(("request_type", "grpc_v2"),))
 
     assert not [key for key, _ in done.trailing_metadata() or ()]
     assert "prediction-time-latency" not in dict(done.initial_metadata() or ())
 
 
 @pytest.mark.parametrize("port", ["grpc_port", "http_port"])
-def test_an_empty_authority_is_answered_as_the_tutorials_client_sends_it(
+def test_a_call_with_an_empty_authority_as_the_tutorials_client_sends_it_is_answered(
     port: str, server: Server, google: ModuleType
 ) -> None:
     options = [("grpc.ssl_target_name_override", "")]
     with grpc.insecure_channel(f"127.0.0.1:{getattr(server, port)}", options) as channel:
-        assert typed(grpc_call(channel, google, "ModelInfer", image_request(google, CAT)))
+        assert has_typed_output(call_grpc(channel, google, "ModelInfer", make_image_request(google, CAT)))

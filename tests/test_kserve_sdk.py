@@ -1,4 +1,4 @@
-"""KServe's own clients against the server: what its tutorial and its end-to-end tests send."""
+"""KServe's own clients against the server: the requests of its tutorial and its end-to-end tests."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from typing import Any
 
 import pytest
 
-from tests.pictures import CAT, TUTORIAL_REQUEST, v1_request
-from tests.servers import PROJECT, Server
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT, TUTORIAL_REQUEST
+from tests.support.servers import PROJECT, Server
 
 SDK_PYTHON = PROJECT / ".venv-kserve/bin/python"
 
 
 @pytest.fixture(scope="module")
 def request_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tutorial's own request where it lies beside the project, else one with another picture."""
+    """Return the tutorial's request where that file exists, else a request with another picture."""
     if TUTORIAL_REQUEST.exists():
         return TUTORIAL_REQUEST
     file = tmp_path_factory.mktemp("request") / "input.json"
-    file.write_text(v1_request(CAT))
+    file.write_text(make_v1_request(CAT))
     return file
 
 
 @pytest.fixture(scope="module")
 def answers(server: Server, request_file: Path) -> Any:
-    """What the SDK got: from the gRPC client on either port, and from the REST client."""
+    """Run the SDK's clients, and return the results of the gRPC client on either port and of the REST client."""
     if not SDK_PYTHON.exists():
         pytest.skip("KServe's SDK is not installed in .venv-kserve: `make test` does it")
     addresses = f"{server.grpc_address},127.0.0.1:{server.http_port}"
     done = subprocess.run(
-        [SDK_PYTHON, "tests/kserve_sdk/ask.py", server.url, addresses, str(request_file)],
+        [SDK_PYTHON, "tests/kserve_sdk/call_server.py", server.url, addresses, str(request_file)],
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -54,7 +55,7 @@ def rest_answer(server: Server, request_file: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["shape [1]", "no shape"])
-def test_the_sdks_grpc_client_gets_the_values_that_rest_gives(name: str, grpc_answers: Any, rest_answer: Any) -> None:
+def test_the_sdks_grpc_client_gets_the_values_of_rest(name: str, grpc_answers: Any, rest_answer: Any) -> None:
     (output,) = grpc_answers[name]["outputs"]
 
     assert (output["name"], output["shape"], output["datatype"]) == ("output-0", [1, 5], "FP32")
@@ -70,7 +71,7 @@ def test_the_sdks_grpc_client_gets_a_row_for_each_of_four_tensors(name: str, grp
     assert len(set(output["data"])) == 20
 
 
-def test_the_sdk_gets_the_same_from_typed_and_raw_tensors(grpc_answers: Any) -> None:
+def test_the_sdk_gets_the_same_values_for_typed_and_raw_tensors(grpc_answers: Any) -> None:
     assert grpc_answers["typed"]["outputs"] == grpc_answers["raw"]["outputs"]
 
 
@@ -91,7 +92,7 @@ def test_the_sdks_rest_client_gets_v1s_values_from_v2(answers: Any, rest_answer:
 
 
 @pytest.mark.parametrize("name", ["v2 JSON", "v2 binary"])
-def test_the_sdks_rest_client_gets_from_v2_what_grpc_gives(name: str, answers: Any) -> None:
+def test_the_sdks_rest_client_gets_the_values_of_grpc_from_v2(name: str, answers: Any) -> None:
     (by_rest,), (by_grpc,) = answers["rest"][name]["outputs"], answers["grpc"][0]["typed"]["outputs"]
 
     assert (by_rest["name"], by_rest["shape"]) == ("output-0", [2, 5])

@@ -1,4 +1,4 @@
-"""pinnace/memory.py: what the C library says of its pools, in a process of its own. See test_repository as well."""
+"""pinnace/memory.py: the arenas of malloc, in a process of its own. test_repository tests garbage collection."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tests.servers import PROJECT
+from tests.support.servers import PROJECT
 
-THREADS_AT_WORK = """
+ALLOCATE_IN_THREADS = """
 import ctypes, sys, threading
 from pinnace.memory import limit_malloc_arenas
 
@@ -33,7 +33,7 @@ libc.malloc_info(0, ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w")))
 libc.fflush(None)
 """
 
-FREED = """
+FREE_AND_TRIM = """
 import os
 from pinnace.memory import trim_malloc, limit_malloc_arenas
 from bench.subject import memory_mib
@@ -50,15 +50,17 @@ print(kept - rss_mib())
 """
 
 
-@pytest.mark.parametrize(("memory", "pools"), [("shared", 1), ("default", 5)])
-def test_all_threads_have_one_pool_instead_of_one_each(memory: str, pools: int) -> None:
-    command = [sys.executable, "-c", THREADS_AT_WORK, memory]
-    metadata = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize(("memory", "arenas"), [("shared", 1), ("default", 5)])
+def test_all_threads_share_one_malloc_arena(memory: str, arenas: int) -> None:
+    command = [sys.executable, "-c", ALLOCATE_IN_THREADS, memory]
+    malloc_info = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
 
-    assert metadata.count("<heap nr=") == pools
+    assert malloc_info.count("<heap nr=") == arenas
 
 
-def test_what_is_kept_for_later_can_be_returned_at_once() -> None:
-    returned = subprocess.run([sys.executable, "-c", FREED], cwd=PROJECT, capture_output=True, text=True, check=True)
+def test_trim_malloc_returns_freed_memory_to_the_kernel() -> None:
+    returned = subprocess.run(
+        [sys.executable, "-c", FREE_AND_TRIM], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
 
     assert float(returned.stdout) > 30

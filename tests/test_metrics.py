@@ -1,4 +1,4 @@
-"""pinnace/metrics.py: what /metrics says after real requests, read with Prometheus' own parsers."""
+"""pinnace/observability/metrics.py: the values of /metrics after real requests, read with Prometheus' parsers."""
 
 from __future__ import annotations
 
@@ -13,52 +13,23 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from prometheus_client import parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from tests.conftest import grpc_call
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, gated, running
-from tests.test_grpc import image_request
-from tests.test_lifecycle import grpc_infer, rest
+from tests.support.clients import call_grpc, infer_over_grpc, make_image_request, make_v1_request, predict_over_rest
+from tests.support.metrics import metric_value, read_metrics, requests_by_outcome
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_gated_server, run_server
+from tests.support.waiting import wait_for
 
 KSERVES_BUCKETS = "0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, +Inf"
-FAILING = "--predictor=tests.predictors:Failing"
+FAILING = "--predictor=tests.support.predictors:Failing"
 
 
-def metrics(server: Server) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample, by its name and labels."""
-    response = server.get("/metrics")
-    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in parser.text_string_to_metric_families(response.text)
-        for sample in family.samples
-    }
-
-
-def value(server: Server, name: str, **labels: str) -> float:
-    return metrics(server)[name, tuple(sorted(labels.items()))]
-
-
-def ended(server: Server) -> dict[tuple[str, str], float]:
-    """Requests by protocol and outcome."""
-    return {
-        (dict(labels)["protocol"], dict(labels)["outcome"]): count
-        for (name, labels), count in metrics(server).items()
-        if name == "pinnace_requests_total"
-    }
-
-
-def ask(server: Server, instance: str) -> httpx.Response:
-    return server.predict(json.dumps({"instances": [instance]}))
-
-
-def test_kserves_histograms_have_their_names_label_and_buckets(model_dir: Path) -> None:
-    with running(f"--model_dir={model_dir}") as server:
+def test_kserves_histograms_have_their_names_labels_and_buckets(model_dir: Path) -> None:
+    with run_server(f"--model_dir={model_dir}") as server:
         for _ in range(3):
-            assert server.predict(v1_request(CAT)).status_code == 200
-        samples = metrics(server)
+            assert server.predict(make_v1_request(CAT)).status_code == 200
+        samples = read_metrics(server)
 
     model = ("model_name", "custom-model")
     for name in ("preprocess", "predict", "postprocess"):
@@ -73,19 +44,19 @@ def test_kserves_histograms_have_their_names_label_and_buckets(model_dir: Path) 
 
 
 def test_requests_are_counted_by_protocol_and_outcome(google: ModuleType) -> None:
-    with running(FAILING) as server, grpc.insecure_channel(server.grpc_address) as channel:
+    with run_server(FAILING) as server, grpc.insecure_channel(server.grpc_address) as channel:
         for error in ("InvalidInput", "TooLarge", "Overloaded", "ModelNotReady", "RuntimeError"):
-            ask(server, error)
+            predict_over_rest(server, error)
             with pytest.raises(grpc.RpcError):
-                grpc_infer(server, google, error)
+                infer_over_grpc(server, google, error)
         server.predict("{")
         server.post("/v1/models/nope:predict", "{}")
         server.predict("<x/>", content_type="application/xml")
         server.post("/v2/models/custom-model/infer", "{}")
         with pytest.raises(grpc.RpcError):
-            grpc_call(channel, google, "ModelInfer", image_request(google, CAT, model_name="nope"))
+            call_grpc(channel, google, "ModelInfer", make_image_request(google, CAT, model_name="nope"))
 
-        assert ended(server) == {
+        assert requests_by_outcome(server) == {
             ("v1", "invalid"): 5,
             ("v1", "rejected"): 2,
             ("v1", "failed"): 1,
@@ -96,71 +67,63 @@ def test_requests_are_counted_by_protocol_and_outcome(google: ModuleType) -> Non
         }
 
 
-def test_what_was_answered_is_counted_with_its_bytes(google: ModuleType) -> None:
+def test_answered_requests_are_counted_with_their_bytes(google: ModuleType) -> None:
     body = json.dumps({"instances": ["a", "b"]})
-    with running("--predictor=tests.predictors:Echo") as server:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         answer = server.predict(body)
-        grpc_infer(server, google, "a")
+        infer_over_grpc(server, google, "a")
 
-        assert ended(server) == {("v1", "answered"): 1, ("grpc", "answered"): 1}
-        assert value(server, "pinnace_received_bytes_total", protocol="v1") == len(body)
-        assert value(server, "pinnace_sent_bytes_total", protocol="v1") == len(answer.content)
-        assert value(server, "pinnace_received_bytes_total", protocol="grpc") > 0
+        assert requests_by_outcome(server) == {("v1", "answered"): 1, ("grpc", "answered"): 1}
+        assert metric_value(server, "pinnace_received_bytes_total", protocol="v1") == len(body)
+        assert metric_value(server, "pinnace_sent_bytes_total", protocol="v1") == len(answer.content)
+        assert metric_value(server, "pinnace_received_bytes_total", protocol="grpc") > 0
 
 
-def test_a_call_that_its_client_cancels_is_counted_so(
-    tmp_path: Path, gate: Callable[[str], Path], google: ModuleType
+def test_a_call_that_its_client_cancels_is_counted_as_cancelled(
+    tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
-    held = gate("held")
-    with gated(tmp_path) as server, grpc.insecure_channel(server.grpc_address) as channel:
-        request = image_request(google, b"held").SerializeToString()
+    held = make_gate("held")
+    with run_gated_server(tmp_path) as server, grpc.insecure_channel(server.grpc_address) as channel:
+        request = make_image_request(google, b"held").SerializeToString()
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer"
         )
-        running_call = call.future(request, timeout=60)
+        call_in_flight = call.future(request, timeout=60)
         with held.open("wb"):
-            running_call.cancel()
-            wait_for(lambda: ended(server) == {("grpc", "cancelled"): 1}, server)
+            call_in_flight.cancel()
+            wait_for(lambda: requests_by_outcome(server) == {("grpc", "cancelled"): 1}, "one cancelled call")
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted_so() -> None:
-    with running("--predictor=tests.predictors:Echo") as server:
+def test_a_request_whose_client_disconnects_in_the_middle_of_its_body_is_counted_as_cancelled() -> None:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         with server.connect() as connection:
             connection.sendall(
                 b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
             )
 
-        wait_for(lambda: ended(server) == {("v1", "cancelled"): 1}, server)
+        wait_for(lambda: requests_by_outcome(server) == {("v1", "cancelled"): 1}, "one cancelled request")
 
 
-def wait_for(condition: Callable[[], bool], server: Server) -> None:
-    """Each look is a request to the server, which lets it get on with what it has to do."""
-    for _ in range(1000):
-        if condition():
-            return
-    raise AssertionError(ended(server))
-
-
-def test_what_is_under_way_is_seen(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    held = gate("held")
-    with gated(tmp_path, predictor="GatedPredict") as server, ThreadPoolExecutor() as clients:
-        assert value(server, "pinnace_requests_in_flight") == 0
-        answer = clients.submit(rest, server, "held")
+def test_requests_in_flight_are_measured(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
+    with run_gated_server(tmp_path, predictor="GatedPredict") as server, ThreadPoolExecutor() as clients:
+        assert metric_value(server, "pinnace_requests_in_flight") == 0
+        answer = clients.submit(predict_over_rest, server, "held")
         with held.open("wb"):
-            assert value(server, "pinnace_requests_in_flight") == 1
-            assert value(server, "pinnace_requests_queued_or_running") == 1
+            assert metric_value(server, "pinnace_requests_in_flight") == 1
+            assert metric_value(server, "pinnace_requests_queued_or_running") == 1
         assert answer.result().status_code == 200
-        assert value(server, "pinnace_requests_in_flight") == 0
+        assert metric_value(server, "pinnace_requests_in_flight") == 0
 
 
-def test_rows_and_not_requests_make_the_size_of_a_batch() -> None:
-    with running("--predictor=tests.predictors:Echo") as server:
+def test_the_size_of_a_batch_is_its_number_of_rows() -> None:
+    with run_server("--predictor=tests.support.predictors:Echo") as server:
         server.predict(json.dumps({"instances": [1, 2, 3]}))
 
-        assert value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 3
+        assert metric_value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 3
 
 
-def test_openmetrics_is_given_where_it_is_asked_for(server: Server) -> None:
+def test_openmetrics_is_returned_to_a_client_that_accepts_it(server: Server) -> None:
     accept = "application/openmetrics-text; version=1.0.0; escaping=underscores"
     response = httpx.get(f"{server.url}/metrics", headers={"accept": accept})
 
@@ -171,8 +134,8 @@ def test_openmetrics_is_given_where_it_is_asked_for(server: Server) -> None:
     assert {"request_predict_seconds", "pinnace_requests", "process_resident_memory_bytes", "python_info"} <= names
 
 
-def test_the_process_is_measured_too(server: Server) -> None:
-    resident = value(server, "process_resident_memory_bytes")
+def test_the_memory_of_the_process_is_measured(server: Server) -> None:
+    resident = metric_value(server, "process_resident_memory_bytes")
 
     statm: Any = Path(f"/proc/{server.process.pid}/statm").read_text().split()
     assert resident == pytest.approx(int(statm[1]) * os.sysconf("SC_PAGE_SIZE"), rel=0.2)

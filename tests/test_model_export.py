@@ -1,4 +1,4 @@
-"""model_export: what it writes, what it refuses, and what it leaves behind when it fails."""
+"""model_export: the files that it writes, its errors, and the files that a failed export leaves."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from pinnace.predictor import Request
 from pinnace.runtimes.onnx import OnnxSession
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
-from tests.pictures import CAT, PHOTOGRAPHS, TUTORIAL_REQUEST
-from tests.servers import PROJECT
+from tests.support.pictures import CAT, PHOTOGRAPHS, TUTORIAL_REQUEST
+from tests.support.servers import PROJECT
 
 TUTORIAL_LOGITS = [14.976, 14.037, 13.966, 12.252, 12.086]
 
 
-def export(output: Path, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`home` takes the place of the user's cache of downloads."""
+def run_export(output: Path, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command. `home` replaces the directory in which torch caches downloads."""
     return subprocess.run(
         [sys.executable, "-m", "model_export", "--output", str(output), *arguments],
         cwd=PROJECT,
@@ -45,12 +45,12 @@ def export(output: Path, *arguments: str, home: Path | None = None) -> subproces
     )
 
 
-def card_of(model_dir: Path) -> ModelCard:
+def read_card(model_dir: Path) -> ModelCard:
     return ModelCard.from_properties(OnnxSession(model_dir, "cpu", 1).metadata)
 
 
-def test_an_export_is_one_model_one_file_of_weights_and_their_checksums(model_dir: Path) -> None:
-    card = card_of(model_dir)
+def test_an_export_is_one_model_one_file_of_weights_and_checksums(model_dir: Path) -> None:
+    card = read_card(model_dir)
 
     assert sorted(file.name for file in model_dir.iterdir()) == [
         "SHA256SUMS",
@@ -58,11 +58,11 @@ def test_an_export_is_one_model_one_file_of_weights_and_their_checksums(model_di
         "model.onnx",
     ]
     assert (model_dir / "model.onnx").stat().st_size < 200_000
-    assert checksums_say_ok(model_dir)
+    assert verify_checksums(model_dir)
 
 
-def test_the_model_describes_itself(model_dir: Path, original: Source) -> None:
-    card = card_of(model_dir)
+def test_the_model_contains_its_card(model_dir: Path, original: Source) -> None:
+    card = read_card(model_dir)
 
     assert (card.architecture, card.weights, card.precision, card.opset) == ("alexnet", "seeded:0", "fp32", 20)
     assert (card.resize_pixels, card.crop_pixels, card.interpolation) == (256, 224, "BILINEAR")
@@ -78,8 +78,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(original: 
     assert load_source("alexnet", "seeded:1").weights_sha256 != original.weights_sha256
 
 
-def test_another_architecture_is_exported_and_served_with_its_own_preset(tmp_path: Path) -> None:
-    done = export(tmp_path, "--arch", "resnet18", "--weights", "seeded:7")
+def test_another_architecture_is_exported_and_served_with_its_preset(tmp_path: Path) -> None:
+    done = run_export(tmp_path, "--arch", "resnet18", "--weights", "seeded:7")
     assert done.returncode == 0, done.stderr
     classifier = Classifier(Settings(), tmp_path)
     classifier.load()
@@ -101,7 +101,7 @@ def test_another_architecture_is_exported_and_served_with_its_own_preset(tmp_pat
         ("kernel_shape = [1, 1], strides = [2, 2]", True),
     ],
 )
-def test_an_average_pool_is_left_out_where_each_value_is_its_own_average(attributes: str, kept: bool) -> None:
+def test_an_average_pool_of_single_values_is_removed(attributes: str, kept: bool) -> None:
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 20]>
         g (float[rows, 3, 4, 4] pixels) => (float[rows, 3, h, w] logits) {{
             pooled = AveragePool <{attributes}> (pixels)
@@ -109,23 +109,24 @@ def test_an_average_pool_is_left_out_where_each_value_is_its_own_average(attribu
         }}""")
     pixels = np.arange(-48, 48, dtype=np.float32).reshape(2, 3, 4, 4)
 
-    made = onnx_ir.to_proto(remove_identity_pools(onnx_ir.from_proto(model)))
+    converted = onnx_ir.to_proto(remove_identity_pools(onnx_ir.from_proto(model)))
 
-    assert [node.op_type for node in made.graph.node] == (["AveragePool", "Relu"] if kept else ["Relu"])
+    assert [node.op_type for node in converted.graph.node] == (["AveragePool", "Relu"] if kept else ["Relu"])
     expected, found = (
-        onnxruntime.InferenceSession(one.SerializeToString()).run(None, {"pixels": pixels})[0] for one in (model, made)
+        onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"pixels": pixels})[0]
+        for proto in (model, converted)
     )
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_state_dict_is_exported_as_a_file_of_trained_weights(tmp_path: Path) -> None:
+def test_a_state_dict_is_exported_as_trained_weights(tmp_path: Path) -> None:
     file = tmp_path / "mine.pth"
     torch.save(load_source("squeezenet1_1", "seeded:3").model.state_dict(), file)
 
-    done = export(tmp_path / "model", "--arch", "squeezenet1_1", "--weights", str(file))
+    done = run_export(tmp_path / "model", "--arch", "squeezenet1_1", "--weights", str(file))
 
     assert done.returncode == 0, done.stderr
-    card = card_of(tmp_path / "model")
+    card = read_card(tmp_path / "model")
     assert (card.weights, card.warning) == ("file:mine.pth", "")
     assert card.weights_sha256 == load_source("squeezenet1_1", "seeded:3").weights_sha256
 
@@ -139,28 +140,28 @@ def test_progress_and_the_largest_difference_are_printed(export_output: tuple[Pa
     assert "UNTRAINED WEIGHTS (seeded:0)" in printed
 
 
-def test_a_new_export_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:
     for seed in (0, 1):
-        assert export(tmp_path, "--arch", "squeezenet1_1", "--weights", f"seeded:{seed}").returncode == 0
+        assert run_export(tmp_path, "--arch", "squeezenet1_1", "--weights", f"seeded:{seed}").returncode == 0
 
-    assert card_of(tmp_path).weights == "seeded:1"
+    assert read_card(tmp_path).weights == "seeded:1"
     assert len(list(tmp_path.glob("*.weights"))) == 1
-    assert checksums_say_ok(tmp_path)
+    assert verify_checksums(tmp_path)
 
 
-def checksums_say_ok(folder: Path) -> bool:
+def verify_checksums(folder: Path) -> bool:
     done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, check=False)
     return done.returncode == 0
 
 
-def test_a_model_that_answers_something_else_is_refused(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_with_other_logits_than_the_original_is_refused(model_dir: Path, tmp_path: Path) -> None:
     other = load_source("alexnet", "seeded:1")
 
     with pytest.raises(Mismatch, match=r"differs from the original on 8 photographs: pixels within 0\.0e\+00, logits"):
         verify(other, model_dir)
 
 
-def test_a_failed_verification_leaves_nothing(tmp_path: Path, original: Source) -> None:
+def test_a_failed_verification_leaves_no_files(tmp_path: Path, original: Source) -> None:
     card = make_card(original)
 
     def refuse(directory: Path) -> None:
@@ -173,7 +174,7 @@ def test_a_failed_verification_leaves_nothing(tmp_path: Path, original: Source) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_killed_at_any_moment_leaves_nothing_that_a_server_would_load(tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_files_that_a_server_would_load(tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-m", "model_export", "--weights", "seeded:0", "--output", str(tmp_path)]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -199,10 +200,10 @@ def test_an_export_killed_at_any_moment_leaves_nothing_that_a_server_would_load(
         (["--weights", "README.md"], 2, "--weights README.md is no state dict saved by torch.save"),
     ],
 )
-def test_what_cannot_be_exported_fails_with_one_line_and_its_own_code(
+def test_a_failed_export_has_its_exit_code_and_one_line(
     arguments: list[str], code: int, problem: str, tmp_path: Path
 ) -> None:
-    done = export(tmp_path / "model", *arguments)
+    done = run_export(tmp_path / "model", *arguments)
 
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
     assert done.stderr.startswith(f"model_export: {problem}")
@@ -213,7 +214,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "other.pth"
     torch.save(load_source("squeezenet1_1", "seeded:0").model.state_dict(), file)
 
-    done = export(tmp_path / "model", "--weights", str(file))
+    done = run_export(tmp_path / "model", "--weights", str(file))
 
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "does not fit alexnet: Error(s) in loading state_dict for AlexNet: Missing key(s)" in done.stderr
@@ -221,13 +222,13 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy answers there: a machine that cannot reach torchvision's weights."""
+    """Set a proxy that does not answer, so that torchvision's weights cannot be downloaded."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
 
 
 @pytest.mark.usefixtures("unreachable")
 def test_pretrained_without_network_fails_with_one_line_and_leaves_no_model(tmp_path: Path) -> None:
-    done = export(tmp_path / "model", "--weights", "pretrained", home=tmp_path / "cache")
+    done = run_export(tmp_path / "model", "--weights", "pretrained", home=tmp_path / "cache")
 
     lines = [line for line in done.stderr.splitlines() if not line.startswith("Downloading: ")]
     assert done.returncode == 3
@@ -238,18 +239,18 @@ def test_pretrained_without_network_fails_with_one_line_and_leaves_no_model(tmp_
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_auto_without_network_takes_seeded_weights_behind_a_warning(tmp_path: Path) -> None:
-    done = export(tmp_path / "model", "--weights", "auto", "--arch", "squeezenet1_1", home=tmp_path / "cache")
+def test_auto_without_network_takes_seeded_weights_with_a_warning(tmp_path: Path) -> None:
+    done = run_export(tmp_path / "model", "--weights", "auto", "--arch", "squeezenet1_1", home=tmp_path / "cache")
 
     assert done.returncode == 0, done.stderr
     assert "Taking UNTRAINED weights instead (seeded:0): the answers will be meaningless" in done.stdout
-    assert card_of(tmp_path / "model").weights == "seeded:0"
+    assert read_card(tmp_path / "model").weights == "seeded:0"
 
 
-def test_pretrained_weights_give_the_tutorials_answer_for_the_tutorials_picture(tmp_path: Path) -> None:
+def test_pretrained_weights_give_the_tutorials_answer_to_its_picture(tmp_path: Path) -> None:
     if "the tutorial's" not in PHOTOGRAPHS:
         pytest.skip(f"the tutorial's picture is not at {TUTORIAL_REQUEST.name}")
-    done = export(tmp_path, "--weights", "pretrained")
+    done = run_export(tmp_path, "--weights", "pretrained")
     if done.returncode == 3:
         pytest.skip(
             "torchvision's pretrained weights cannot be downloaded here; with them the tutorial's picture must give "
@@ -272,7 +273,7 @@ def test_an_exports_files_can_be_read_by_another_user(file_name: str, model_dir:
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_every_architecture_of_torchvision_has_a_preset_that_the_server_can_follow() -> None:
+def test_the_preset_of_every_architecture_of_torchvision_is_supported() -> None:
     for architecture in torchvision.models.list_models(module=torchvision.models):
         preset = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
         assert len(preset.resize_size) == len(preset.crop_size) == 1
@@ -280,7 +281,7 @@ def test_every_architecture_of_torchvision_has_a_preset_that_the_server_can_foll
         assert preset.interpolation.name in ("BILINEAR", "BICUBIC")
 
 
-def test_a_copy_of_an_export_is_served_from_where_it_lies(model_dir: Path, tmp_path: Path) -> None:
+def test_a_copied_export_can_be_loaded(model_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model_dir, tmp_path / "copy")
 
-    assert card_of(copy) == card_of(model_dir)
+    assert read_card(copy) == read_card(model_dir)

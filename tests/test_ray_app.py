@@ -1,4 +1,4 @@
-"""pinnace/ray_app.py and deploy/ray/: the same server on Ray Serve's own proxy."""
+"""pinnace/process/ray_app.py and deploy/ray: the same server behind Ray Serve's own proxy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import pytest
 import yaml
 
 from tests.marks import needs_ray
-from tests.pictures import PHOTOGRAPHS, v1_request
-from tests.servers import PROJECT, Server
+from tests.support.clients import make_v1_request
+from tests.support.pictures import PHOTOGRAPHS
+from tests.support.servers import PROJECT, Server
+from tests.support.waiting import wait_for
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 CONFIGURATION = PROJECT / "deploy/ray/serve.yaml"
@@ -28,21 +29,23 @@ PICTURE = next(iter(PHOTOGRAPHS.values()))
 
 @pytest.fixture(scope="module")
 def environment(model_dir: Path) -> Mapping[str, str]:
-    """Of a Ray of its own, with the exported model."""
+    """Return the environment of a new local Ray with the exported model."""
     return os.environ | {"RAY_ADDRESS": "local", "PINNACE_MODEL_DIR": str(model_dir)}
 
 
 @pytest.fixture(scope="module")
 def proxy(environment: Mapping[str, str]) -> Iterator[httpx.Client]:
-    """`serve run` with the configuration that is shipped."""
+    """Run `serve run` with the configuration in deploy/ray."""
     command = [SERVE, "run", str(CONFIGURATION)]
     with subprocess.Popen(
         command, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process, httpx.Client(base_url=PROXY, timeout=30) as client:  # fmt: skip
-        deadline = time.monotonic() + START_SECONDS
-        while not is_ready(client):
+
+        def has_started() -> bool:
             assert process.poll() is None
-            assert time.monotonic() < deadline
+            return is_ready(client)
+
+        wait_for(has_started, "Ray Serve's proxy", START_SECONDS)
         yield client
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
@@ -56,13 +59,13 @@ def is_ready(client: httpx.Client) -> bool:
 
 
 @needs_ray
-def test_rays_proxy_answers_as_the_server_does(proxy: httpx.Client, server: Server) -> None:
-    bodies = [v1_request(PICTURE), v1_request(b"\xff\xd8\xff"), "{"]
-    there = [proxy.post("/v1/models/custom-model:predict", content=body) for body in bodies]
-    here = [server.predict(body) for body in bodies]
+def test_rays_proxy_gives_the_answers_of_the_server(proxy: httpx.Client, server: Server) -> None:
+    bodies = [make_v1_request(PICTURE), make_v1_request(b"\xff\xd8\xff"), "{"]
+    from_proxy = [proxy.post("/v1/models/custom-model:predict", content=body) for body in bodies]
+    from_server = [server.predict(body) for body in bodies]
 
-    assert [(answer.status_code, answer.json()) for answer in there] == [
-        (answer.status_code, answer.json()) for answer in here
+    assert [(answer.status_code, answer.json()) for answer in from_proxy] == [
+        (answer.status_code, answer.json()) for answer in from_server
     ]
     assert proxy.get("/v2/models/custom-model").json() == server.get("/v2/models/custom-model").json()
 
@@ -77,7 +80,9 @@ def test_serve_build_writes_a_configuration_of_the_same_application(
     (application,) = yaml.safe_load((tmp_path / "serve.yaml").read_text())["applications"]
     (shipped,) = yaml.safe_load(CONFIGURATION.read_text())["applications"]
     assert application["import_path"] == shipped["import_path"]
-    assert [one["name"] for one in application["deployments"]] == [one["name"] for one in shipped["deployments"]]
+    assert [deployment["name"] for deployment in application["deployments"]] == [
+        deployment["name"] for deployment in shipped["deployments"]
+    ]
 
 
 def test_kuberay_gets_the_same_configuration_and_the_pinned_ray() -> None:

@@ -1,4 +1,4 @@
-"""README.md is true: its commands run, its answers come, its tables are those of the code."""
+"""README.md: its commands run and give the answers shown, and its tables equal the code."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from pinnace.inference.repository import Repository
 from pinnace.observability.metrics import Metrics
 from pinnace.process.flags import default_text, environment_variable
 from pinnace.settings import GROUPS, Settings
-from tests.pictures import MODES
-from tests.servers import PROJECT, Server, running
+from tests.support.pictures import MODES
+from tests.support.servers import PROJECT, Server, run_server
 
 README = (PROJECT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
+def read_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines()]
+def read_commands() -> list[str]:
+    return [line for block in read_blocks("sh") for line in block.splitlines()]
 
 
-def command(start: str) -> str:
-    (found,) = [line for line in commands() if line.startswith(start)]
+def read_command(start: str) -> str:
+    (found,) = [line for line in read_commands() if line.startswith(start)]
     return found
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of the rows below a table's head, without the marks of code."""
+def read_table(heading: str) -> list[list[str]]:
+    """Return the cells of the table that follows `heading`, row by row, without backticks and without the head."""
     _, _, rest = README.partition(heading)
     rows = rest.split("\n\n")[0].splitlines()[2:]
     return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
 
 
-def run(line: str, server: Server, **environment: str) -> str:
-    """A command of the README, with the server's address instead of its default one."""
+def run_command(line: str, server: Server, **environment: str) -> str:
+    """Run a command of the README with the server's address instead of localhost:8080, and return its output."""
     words = [word.replace("localhost:8080", server.url) for word in shlex.split(line)]
     words[0] = {".venv/bin/python": sys.executable, "python3": sys.executable}.get(words[0], words[0])
     done = subprocess.run(
@@ -60,10 +60,10 @@ def run(line: str, server: Server, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_first_answer_is_the_one_shown_for_seeded_weights(server: Server) -> None:
-    answer = json.loads(run(command('curl -H "Content-Type: application/json"'), server))
+def test_the_first_request_gets_the_answer_shown(server: Server) -> None:
+    answer = json.loads(run_command(read_command('curl -H "Content-Type: application/json"'), server))
 
-    (shown,) = json.loads(blocks("json")[0])["predictions"]
+    (shown,) = json.loads(read_blocks("json")[0])["predictions"]
     assert answer["predictions"] == [pytest.approx(shown, abs=1e-3)]
 
 
@@ -71,103 +71,103 @@ def test_the_first_answer_is_the_one_shown_for_seeded_weights(server: Server) ->
 def test_the_clients_print_the_classes_shown(name: str, server: Server) -> None:
     port = server.grpc_port if name == "grpc_client" else server.http_port
 
-    (line,) = [line for line in commands() if f"clients.{name}" in line]
-    printed = run(line, server, INGRESS_HOST="127.0.0.1", INGRESS_PORT=str(port))
+    (line,) = [line for line in read_commands() if f"clients.{name}" in line]
+    printed = run_command(line, server, INGRESS_HOST="127.0.0.1", INGRESS_PORT=str(port))
 
-    (shown,) = [block for block in blocks("text") if block.startswith("examples/picture.jpg")]
+    (shown,) = [block for block in read_blocks("text") if block.startswith("examples/picture.jpg")]
     assert printed.splitlines()[1:] == shown.splitlines()[1:]
 
 
-def test_a_picture_of_ones_own_is_sent_by_curl(server: Server) -> None:
-    printed = run(command('curl -H "Content-Type: image/jpeg"'), server)
+def test_curl_sends_a_picture(server: Server) -> None:
+    printed = run_command(read_command('curl -H "Content-Type: image/jpeg"'), server)
 
     assert len(json.loads(printed)["predictions"][0]) == 5
 
 
-def test_a_request_is_made_from_a_picture(server: Server) -> None:
-    line, _, file = command("python3 clients/make_input.py").partition(" > ")
+def test_make_input_makes_a_request_from_a_picture(server: Server) -> None:
+    line, _, file = read_command("python3 clients/make_input.py").partition(" > ")
 
-    request = run(line, server)
+    request = run_command(line, server)
 
     assert file == "input.json"
     assert server.predict(request).json() == json.loads(
-        run(command('curl -H "Content-Type: application/json"'), server)
+        run_command(read_command('curl -H "Content-Type: application/json"'), server)
     )
 
 
 @pytest.fixture(scope="module")
 def iris(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which somebody has followed the README: the model made, the predictor written."""
+    """Follow the README's example in a new folder: train the model, and write the predictor."""
     folder = tmp_path_factory.mktemp("iris")
-    making, predictor = blocks("python")
+    making, predictor = read_blocks("python")
     (folder / "make_iris.py").write_text(making)
-    python, *words = shlex.split(command(".venv/bin/python make_iris.py"))
+    python, *words = shlex.split(read_command(".venv/bin/python make_iris.py"))
     assert python == ".venv/bin/python"
     subprocess.run([sys.executable, "-W", "error", *words], cwd=folder, check=True, timeout=60)
     (folder / "iris.py").write_text(predictor)
     return folder
 
 
-def flags_in(folder: Path, line: str) -> list[str]:
-    """Those of a command that is run in `folder`."""
+def read_flags(folder: Path, line: str) -> list[str]:
+    """Return the flags of a command of the README, with the model's path in `folder`."""
     return [word.replace("iris.onnx", f"{folder}/iris.onnx") for word in shlex.split(line)[2:]]
 
 
-def rounded(answer: Any) -> Any:
-    """Every row of one shape, so that numbers can be compared."""
+def list_rows(answer: Any) -> Any:
+    """Return rows of numbers of one shape, so that they can be compared."""
     return [[row["label"], *row["probabilities"]] for row in answer["predictions"]]
 
 
-def test_the_predictor_of_ones_own_answers_as_shown(iris: Path) -> None:
-    flags = flags_in(iris, command(".venv/bin/python app.py --model_name=iris"))
+def test_the_example_predictor_gives_the_answer_shown(iris: Path) -> None:
+    flags = read_flags(iris, read_command(".venv/bin/python app.py --model_name=iris"))
 
-    with running(*flags, environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
-        answer = json.loads(run(command("curl localhost:8080/v1/models/iris"), server))
+    with run_server(*flags, environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
+        answer = json.loads(run_command(read_command("curl localhost:8080/v1/models/iris"), server))
         refused = server.post("/v1/models/iris:predict", '{"instances": [[1, 2]]}')
         assert server.get("/v2/models/iris").json()["inputs"] == [{"name": "X", "datatype": "FP32", "shape": [-1, 4]}]
 
-    np.testing.assert_allclose(rounded(answer), rounded(json.loads(blocks("json")[1])), atol=1e-3)
+    np.testing.assert_allclose(list_rows(answer), list_rows(json.loads(read_blocks("json")[1])), atol=1e-3)
     assert (refused.status_code, refused.json()) == (400, {"error": "the input must be four numbers a row"})
 
 
-def test_what_the_second_example_installs_is_what_it_is_tested_with() -> None:
-    pins = command(".venv/bin/python -m pip install scikit-learn").partition(" install ")[2].split()
+def test_the_versions_that_the_example_installs_are_tested() -> None:
+    pins = read_command(".venv/bin/python -m pip install scikit-learn").partition(" install ")[2].split()
 
     tested = (PROJECT / "requirements-dev.txt").read_text().split()
     assert set(pins) <= set(tested)
 
 
-def test_several_models_are_served_by_one_process(model_dir: Path, iris: Path) -> None:
-    line = command(".venv/bin/python app.py --model=pictures").replace("=model,", f"={model_dir},")
+def test_the_command_for_several_models_serves_them(model_dir: Path, iris: Path) -> None:
+    line = read_command(".venv/bin/python app.py --model=pictures").replace("=model,", f"={model_dir},")
 
-    with running(*flags_in(iris, line), environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
+    with run_server(*read_flags(iris, line), environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
         assert server.get("/v2/models").json() == {"models": ["pictures", "iris"]}
-        answer = json.loads(run(command("curl localhost:8080/v1/models/iris"), server))
+        answer = json.loads(run_command(read_command("curl localhost:8080/v1/models/iris"), server))
         assert [row["label"] for row in answer["predictions"]] == [0, 2]
 
 
-def test_the_class_of_ones_own_has_about_twenty_lines() -> None:
-    assert len(blocks("python")[1].strip().splitlines()) <= 22
+def test_the_example_predictor_has_about_twenty_lines() -> None:
+    assert len(read_blocks("python")[1].strip().splitlines()) <= 22
 
 
-def test_the_texts_of_troubles_are_those_of_the_code() -> None:
+def test_the_error_texts_of_troubleshooting_are_in_the_code() -> None:
     code = "".join(file.read_text() for file in (PROJECT / "pinnace").rglob("*.py"))
     shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
     texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
 
-    texts = texts[: texts.index("a key is needed") + 1]  # the others are other people's
+    texts = texts[: texts.index("a key is needed") + 1]  # the texts after it are not ours
     assert len(texts) > 10
     for text in texts:
         assert text in code, text
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in (PROJECT / "docs").glob("*.md"))])
-def test_every_link_leads_to_a_file(page: str) -> None:
+def test_every_link_to_a_file_is_valid(page: str) -> None:
     text = (PROJECT / page).read_text()
 
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (PROJECT / page).parent.joinpath(target).is_file(), target
-    assert page == "README.md" or "```" not in text  # commands are the README's, where they are run
+    assert page == "README.md" or "```" not in text  # only the README's commands are run by tests
 
 
 def test_every_other_command_is_run_by_ci() -> None:
@@ -177,7 +177,7 @@ def test_every_other_command_is_run_by_ci() -> None:
         "curl localhost:8080/v1/models/iris",
         "python3 clients/make_input.py",
         ".venv/bin/python -m clients",
-        ".venv/bin/python -m pip install scikit-learn",  # the test tools have it
+        ".venv/bin/python -m pip install scikit-learn",  # installed with the test tools
         ".venv/bin/python make_iris.py",
         "python3 -m clients.rest_client",
         ".venv/bin/python app.py --model_name=iris",
@@ -185,14 +185,14 @@ def test_every_other_command_is_run_by_ci() -> None:
     ]
     ran_by_ci = (PROJECT / ".ci/run").read_text().splitlines()
 
-    others = [line for line in commands() if not line.startswith(tuple(ran_here))]
+    others = [line for line in read_commands() if not line.startswith(tuple(ran_here))]
     assert others
     for line in others:
         assert [run for run in ran_by_ci if line in run], line
 
 
-def test_the_settings_are_those_of_the_code() -> None:
-    shown = table("overrules its environment variable, and that the default.\n\n")
+def test_the_settings_table_equals_the_code() -> None:
+    shown = read_table("overrules its environment variable, and that the default.\n\n")
 
     starts = {shown[index + 1][0]: row[0] for index, row in enumerate(shown) if row[0].startswith("**")}
     assert starts == {f"--{first}": f"**{title}**" for first, title in GROUPS.items()}
@@ -207,17 +207,17 @@ def test_the_settings_are_those_of_the_code() -> None:
     ]
 
 
-def test_every_manifest_is_told_of() -> None:
-    assert {row[0] for row in table("you built and pushed.\n\n")} == {
+def test_the_table_of_manifests_names_every_file() -> None:
+    assert {row[0] for row in read_table("you built and pushed.\n\n")} == {
         file.name for file in (PROJECT / "deploy").glob("*.yaml")
     }
 
 
 def test_the_rest_table_has_every_route_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
-    found = [route for room in ROUTERS for route in room.routes(dataplane)]
+    found = [route for router in ROUTERS for route in router.routes(dataplane)]
 
-    shown = {row[0] for row in table("\n## What it answers\n\n")}
+    shown = {row[0] for row in read_table("\n## What it answers\n\n")}
     assert shown == {f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in found if route.methods}
 
 
@@ -225,39 +225,39 @@ def test_the_grpc_table_has_every_method_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
 
-    shown = {name for row in table("with `--enable_ui` |\n\n") for name in row[0].split(", ")}
+    shown = {name for row in read_table("with `--enable_ui` |\n\n") for name in row[0].split(", ")}
     assert shown == methods
 
 
-def test_the_output_table_is_that_of_the_models_metadata(server: Server) -> None:
-    shown = [row[:2] for row in table("v1 and v1alpha.\n\n")]
+def test_the_output_table_equals_the_model_metadata(server: Server) -> None:
+    shown = [row[:2] for row in read_table("v1 and v1alpha.\n\n")]
 
     outputs = server.get("/v2/models/custom-model").json()["outputs"]
-    assert shown == [[one["name"], f"{one['datatype']} [rows, {one['shape'][1]}]"] for one in outputs]
+    assert shown == [[output["name"], f"{output['datatype']} [rows, {output['shape'][1]}]"] for output in outputs]
 
 
-def test_the_metrics_are_those_of_the_code() -> None:
+def test_the_metrics_table_equals_the_code() -> None:
     text, _ = Metrics().render("")
     families = list(text_string_to_metric_families(text.decode()))
 
-    shown = [row[0] for row in table("\n## Metrics\n\n")]
-    assert shown == [one.name for one in families if one.name.startswith(("request_", "pinnace_"))]
+    shown = [row[0] for row in read_table("\n## Metrics\n\n")]
+    assert shown == [family.name for family in families if family.name.startswith(("request_", "pinnace_"))]
 
 
 def test_the_error_table_has_every_status_of_the_code() -> None:
-    shown = {(int(row[0]), row[1]) for row in table("with the same text over gRPC.\n\n")}
+    shown = {(int(row[0]), row[1]) for row in read_table("with the same text over gRPC.\n\n")}
 
     assert shown == {(kind.http_status, kind.grpc_status) for kind in ServingError.__subclasses__()}
 
 
-def test_the_exit_codes_are_those_of_the_code() -> None:
-    shown = {int(row[0]): row[1] for row in table("and a code of its own:\n\n")}
+def test_the_table_of_exit_codes_equals_the_code() -> None:
+    shown = {int(row[0]): row[1] for row in read_table("and a code of its own:\n\n")}
 
     meanings = {kind.exit_code: str(kind.__doc__).rstrip(".").lower() for kind in StartupError.__subclasses__()}
     assert {code: text.lower() for code, text in shown.items() if code} == meanings
 
 
-def test_the_kinds_of_image_are_counted_right() -> None:
+def test_the_number_of_image_kinds_is_correct() -> None:
     assert f"{len(MODES)} kinds of image" in README
 
 

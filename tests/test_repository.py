@@ -1,4 +1,4 @@
-"""pinnace/repository.py: loading and unloading of served models, over REST and gRPC."""
+"""pinnace/inference/repository.py: loading and unloading of models over REST and gRPC."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import httpx
 import pytest
 
 from pinnace.inference.repository import MAX_PENDING_CHANGES
-from tests.conftest import grpc_call
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, gated, running
+from tests.support.clients import call_grpc, make_v1_request
+from tests.support.pictures import CAT
+from tests.support.servers import Server, run_gated_server, run_server
 
 ENABLED = "--enable_model_repository=true"
-FROM_FILE = "--predictor=tests.predictors:FromFile"
+FROM_FILE = "--predictor=tests.support.predictors:FromFile"
 MIB = 1024 * 1024
 FEW_OBJECTS = 10_000  # a server imports 50,000
 
 
 class Client:
-    """The repository's methods over one of the protocols; an error is its status and text."""
+    """A client of the repository over one protocol. Its methods return an error as status and text."""
 
     def __init__(self, server: Server, google: ModuleType, protocol: str) -> None:
         self._server, self._google, self._protocol = server, google, protocol
@@ -59,7 +59,7 @@ class Client:
     def _call(self, method: str, **fields: Any) -> Any:
         try:
             with grpc.insecure_channel(self._server.grpc_address) as channel:
-                return grpc_call(channel, self._google, method, getattr(self._google, f"{method}Request")(**fields))
+                return call_grpc(channel, self._google, method, getattr(self._google, f"{method}Request")(**fields))
         except grpc.RpcError as error:
             return error.code().name, error.details()
 
@@ -71,40 +71,45 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def alexnet(model_dir: Path) -> Iterator[Server]:
-    with running(ENABLED, f"--model_dir={model_dir}") as server:
+    with run_server(ENABLED, f"--model_dir={model_dir}") as server:
         yield server
 
 
 @pytest.fixture
 def from_file(tmp_path: Path) -> Iterator[Server]:
-    """A model that is the text of a file."""
+    """Serve a model that answers with the text of its file."""
     (tmp_path / "model").write_text("first")
-    with running(ENABLED, FROM_FILE, f"--model_dir={tmp_path}") as server:
+    with run_server(ENABLED, FROM_FILE, f"--model_dir={tmp_path}") as server:
         yield server
 
 
 @pytest.fixture
-def knotted(tmp_path: Path) -> Iterator[Server]:
-    with running(ENABLED, "--predictor=tests.predictors:Knotted", f"--model_dir={tmp_path}") as server:
+def self_referencing(tmp_path: Path) -> Iterator[Server]:
+    with run_server(
+        ENABLED, "--predictor=tests.support.predictors:SelfReferencing", f"--model_dir={tmp_path}"
+    ) as server:
         yield server
 
 
-def memory_bytes(server: Server) -> int:
+def read_memory_bytes(server: Server) -> int:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
-def ready(server: Server) -> tuple[int, int, int]:
+def read_readiness(server: Server) -> tuple[int, int, int]:
+    """Return the statuses of the readiness of the server, and of the model over V2 and V1."""
     paths = ("/v2/health/ready", "/v2/models/custom-model/ready", "/v1/models/custom-model")
-    one, two, three = (server.get(path).status_code for path in paths)
-    return one, two, three
+    server_status, v2_status, v1_status = (server.get(path).status_code for path in paths)
+    return server_status, v2_status, v1_status
 
 
-def predicted(server: Server) -> Any:
+def predict(server: Server) -> Any:
     return server.predict('{"instances": [1]}').json()["predictions"]
 
 
-def test_without_the_flag_nothing_can_be_changed(protocol: str, server: Server, google: ModuleType) -> None:
+def test_without_the_flag_models_cannot_be_loaded_or_unloaded(
+    protocol: str, server: Server, google: ModuleType
+) -> None:
     client = Client(server, google, protocol)
 
     refused = (
@@ -112,43 +117,43 @@ def test_without_the_flag_nothing_can_be_changed(protocol: str, server: Server, 
         "The model repository is off: see --enable_model_repository",
     )
     assert client.unload() == client.load() == client.index() == refused
-    assert ready(server) == (200, 200, 200)
+    assert read_readiness(server) == (200, 200, 200)
 
 
-def test_an_unloaded_model_is_not_ready_and_its_memory_is_free(
+def test_an_unloaded_model_is_not_ready_and_its_memory_is_freed(
     protocol: str, alexnet: Server, google: ModuleType
 ) -> None:
     client = Client(alexnet, google, protocol)
-    before, held = alexnet.predict(v1_request(CAT)).json(), memory_bytes(alexnet)
+    before, held = alexnet.predict(make_v1_request(CAT)).json(), read_memory_bytes(alexnet)
 
     assert client.unload() == {"name": "custom-model", "unload": True}
-    assert held - memory_bytes(alexnet) > 150 * MIB  # AlexNet has 244 MB of weights, copied for speed
-    assert ready(alexnet) == (503, 503, 503)
-    refused = alexnet.predict(v1_request(CAT))
+    assert held - read_memory_bytes(alexnet) > 150 * MIB  # AlexNet has 244 MB of weights, copied for speed
+    assert read_readiness(alexnet) == (503, 503, 503)
+    refused = alexnet.predict(make_v1_request(CAT))
     assert (refused.status_code, refused.json()) == (503, {"error": "Model with name custom-model is not ready."})
 
     assert client.load() == {"name": "custom-model", "load": True}
-    assert ready(alexnet) == (200, 200, 200)
-    assert alexnet.predict(v1_request(CAT)).json() == before
+    assert read_readiness(alexnet) == (200, 200, 200)
+    assert alexnet.predict(make_v1_request(CAT)).json() == before
 
 
 def test_an_unloaded_model_is_freed_even_if_it_refers_to_itself(
-    knotted: Server, google: ModuleType, tmp_path: Path
+    self_referencing: Server, google: ModuleType, tmp_path: Path
 ) -> None:
     assert not (tmp_path / "freed").exists()
 
-    Client(knotted, google, "REST").unload()
+    Client(self_referencing, google, "REST").unload()
 
     assert (tmp_path / "freed").exists()
 
 
-def test_what_was_loaded_is_not_looked_through_for_garbage_again(knotted: Server, google: ModuleType) -> None:
-    client = Client(knotted, google, "REST")
-    assert predicted(knotted)[0] < FEW_OBJECTS
+def test_garbage_collection_skips_the_objects_of_a_loaded_model(self_referencing: Server, google: ModuleType) -> None:
+    client = Client(self_referencing, google, "REST")
+    assert predict(self_referencing)[0] < FEW_OBJECTS
 
     client.unload()
     client.load()
-    assert predicted(knotted)[0] < FEW_OBJECTS
+    assert predict(self_referencing)[0] < FEW_OBJECTS
 
 
 def test_an_unloaded_model_is_unavailable_over_grpc(from_file: Server, google: ModuleType) -> None:
@@ -157,16 +162,16 @@ def test_an_unloaded_model_is_unavailable_over_grpc(from_file: Server, google: M
 
     with grpc.insecure_channel(from_file.grpc_address) as channel:
         request = google.ModelReadyRequest(name="custom-model")
-        assert not grpc_call(channel, google, "ModelReady", request).ready
+        assert not call_grpc(channel, google, "ModelReady", request).ready
         with pytest.raises(grpc.RpcError) as error:
-            grpc_call(channel, google, "ModelInfer", google.ModelInferRequest(model_name="custom-model"))
+            call_grpc(channel, google, "ModelInfer", google.ModelInferRequest(model_name="custom-model"))
     assert (error.value.code().name, error.value.details()) == (
         "UNAVAILABLE",
         "Model with name custom-model is not ready.",
     )
 
 
-def test_the_index_has_every_model_and_its_state(protocol: str, from_file: Server, google: ModuleType) -> None:
+def test_the_index_lists_every_model_and_its_state(protocol: str, from_file: Server, google: ModuleType) -> None:
     client = Client(from_file, google, protocol)
     model = {"name": "custom-model", "version": "", "state": "READY", "reason": ""}
 
@@ -176,7 +181,7 @@ def test_the_index_has_every_model_and_its_state(protocol: str, from_file: Serve
     assert client.index(only_ready=True) == []
 
 
-def test_a_model_that_is_not_served_can_be_neither_loaded_nor_unloaded(
+def test_loading_or_unloading_an_unknown_model_is_an_error(
     protocol: str, from_file: Server, google: ModuleType
 ) -> None:
     client = Client(from_file, google, protocol)
@@ -185,18 +190,18 @@ def test_a_model_that_is_not_served_can_be_neither_loaded_nor_unloaded(
     assert client.load("nope") == client.unload("nope") == missing
 
 
-def test_a_load_takes_what_now_lies_in_the_models_place(from_file: Server, google: ModuleType, tmp_path: Path) -> None:
+def test_a_load_reads_the_current_files_of_the_model(from_file: Server, google: ModuleType, tmp_path: Path) -> None:
     client = Client(from_file, google, "REST")
     (tmp_path / "model").write_text("second")
 
     client.load()
-    assert predicted(from_file) == ["first"]  # it is loaded: nothing to do
+    assert predict(from_file) == ["first"]  # already loaded: nothing changes
     client.unload()
     client.load()
-    assert predicted(from_file) == ["second"]
+    assert predict(from_file) == ["second"]
 
 
-def test_a_model_that_cannot_be_loaded_stays_unloaded_and_the_log_says_why(
+def test_a_model_that_cannot_be_loaded_stays_unloaded_and_the_reason_is_logged(
     protocol: str, from_file: Server, google: ModuleType, tmp_path: Path
 ) -> None:
     client = Client(from_file, google, protocol)
@@ -206,17 +211,17 @@ def test_a_model_that_cannot_be_loaded_stays_unloaded_and_the_log_says_why(
     text = "Model with name custom-model could not be loaded: the server's log says why."
     assert client.load() == (503 if protocol == "REST" else "FAILED_PRECONDITION", text)
     from_file.wait_for_line(re.compile("ERROR .* custom-model could not be loaded: FromFile .*No such file"))
-    assert ready(from_file) == (503, 503, 503)
+    assert read_readiness(from_file) == (503, 503, 503)
 
     (tmp_path / "elsewhere").rename(tmp_path / "model")
     assert client.load() == {"name": "custom-model", "load": True}
 
 
-def test_a_request_under_way_is_answered_by_the_model_that_it_began_with(
-    google: ModuleType, tmp_path: Path, gate: Callable[[str], Path]
+def test_a_request_in_flight_is_answered_by_the_model_that_was_loaded_when_it_began(
+    google: ModuleType, tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
-    held = gate("held")
-    with gated(tmp_path, ENABLED) as server, ThreadPoolExecutor() as clients:
+    held = make_gate("held")
+    with run_gated_server(tmp_path, ENABLED) as server, ThreadPoolExecutor() as clients:
         answer = clients.submit(server.predict, '{"instances": ["held"]}')
         with held.open("wb"):
             Client(server, google, "REST").unload()
@@ -224,7 +229,7 @@ def test_a_request_under_way_is_answered_by_the_model_that_it_began_with(
         assert answer.result().json() == {"predictions": ["held"]}
 
 
-def test_the_server_answers_while_a_model_loads_and_the_load_outlives_its_client(
+def test_the_server_answers_during_a_load_which_continues_when_its_client_disconnects(
     from_file: Server, tmp_path: Path, google: ModuleType
 ) -> None:
     client = Client(from_file, google, "REST")
@@ -235,30 +240,30 @@ def test_the_server_answers_while_a_model_loads_and_the_load_outlives_its_client
         abandoned = clients.submit(
             lambda: leaving.post("/v2/repository/models/custom-model/load", timeout=httpx.Timeout(30, read=0.5))
         )
-        with (tmp_path / "model").open("w") as model:  # opens when the load is under way
+        with (tmp_path / "model").open("w") as model:  # blocks until the load reads the file
             assert from_file.get("/v2/health/live").status_code == 200
-            assert ready(from_file) == (503, 503, 503)
+            assert read_readiness(from_file) == (503, 503, 503)
             with pytest.raises(httpx.ReadTimeout):
                 abandoned.result()
             model.write("late")
     from_file.wait_for_line(re.compile("custom-model is ready"))
 
-    assert predicted(from_file) == ["late"]
+    assert predict(from_file) == ["late"]
 
 
-def test_a_load_that_never_ends_does_not_hold_up_the_end(tmp_path: Path, google: ModuleType) -> None:
+def test_a_load_that_never_ends_does_not_delay_the_stop(tmp_path: Path, google: ModuleType) -> None:
     (tmp_path / "model").write_text("first")
-    with running(ENABLED, FROM_FILE, f"--model_dir={tmp_path}", "--grace_period_seconds=1") as server:
+    with run_server(ENABLED, FROM_FILE, f"--model_dir={tmp_path}", "--grace_period_seconds=1") as server:
         Client(server, google, "REST").unload()
         (tmp_path / "model").unlink()
         os.mkfifo(tmp_path / "model")
         with server.connect() as client:
             client.sendall(b"POST /v2/repository/models/custom-model/load HTTP/1.1\r\nHost: x\r\n\r\n")
-            with (tmp_path / "model").open("w"):  # opens when the load is under way
+            with (tmp_path / "model").open("w"):  # blocks until the load reads the file
                 assert server.stop() == 0
 
 
-def test_more_changes_than_may_wait_are_refused(from_file: Server, tmp_path: Path, google: ModuleType) -> None:
+def test_loads_beyond_the_queue_are_refused(from_file: Server, tmp_path: Path, google: ModuleType) -> None:
     client = Client(from_file, google, "REST")
     client.unload()
     (tmp_path / "model").unlink()
@@ -271,12 +276,12 @@ def test_more_changes_than_may_wait_are_refused(from_file: Server, tmp_path: Pat
         assert sum(isinstance(answer.result(), dict) for answer in answers) == MAX_PENDING_CHANGES
 
 
-def test_the_extension_is_named_where_it_is_on(from_file: Server, server: Server) -> None:
+def test_the_server_metadata_names_the_extension_when_it_is_enabled(from_file: Server, server: Server) -> None:
     assert "model_repository_extension" in from_file.get("/v2").json()["extensions"]
     assert "model_repository_extension" not in server.get("/v2").json()["extensions"]
 
 
-def test_prometheus_hears_which_model_is_loaded(from_file: Server, google: ModuleType) -> None:
+def test_a_metric_shows_which_model_is_loaded(from_file: Server, google: ModuleType) -> None:
     assert 'pinnace_model_ready{model_name="custom-model"} 1.0' in from_file.get("/metrics").text
     Client(from_file, google, "REST").unload()
     assert 'pinnace_model_ready{model_name="custom-model"} 0.0' in from_file.get("/metrics").text

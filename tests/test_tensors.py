@@ -1,4 +1,4 @@
-"""pinnace/tensors.py: every datatype, there and back, and what is no tensor."""
+"""pinnace/tensors.py: decoding and encoding of every datatype, and the errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ array = numeric.flatmap(lambda dtype: arrays.arrays(dtype, arrays.array_shapes(m
 
 
 @given(array)
-def test_numbers_of_every_datatype_survive_raw_bytes(values: Any) -> None:
+def test_numbers_of_every_datatype_are_unchanged_after_raw_encoding(values: Any) -> None:
     tensor = Tensor("x", values)
 
     again = Tensor.from_raw("x", tensor.datatype, tensor.shape, tensor.to_raw())
@@ -28,13 +28,13 @@ def test_numbers_of_every_datatype_survive_raw_bytes(values: Any) -> None:
 
 
 @given(st.lists(st.binary()))
-def test_bytes_survive_raw_bytes(elements: list[bytes]) -> None:
+def test_bytes_elements_are_unchanged_after_raw_encoding(elements: list[bytes]) -> None:
     tensor = Tensor.from_values("x", "BYTES", [len(elements)], elements)
 
     assert Tensor.from_raw("x", "BYTES", [len(elements)], tensor.to_raw()).array.tolist() == elements
 
 
-def test_raw_numbers_are_read_in_place() -> None:
+def test_raw_numbers_are_not_copied() -> None:
     raw = np.arange(6, dtype=np.float32).tobytes()
 
     assert not Tensor.from_raw("x", "FP32", [2, 3], raw).array.flags.owndata
@@ -48,7 +48,9 @@ def test_an_empty_shape_is_one_element() -> None:
 @pytest.mark.parametrize(
     ("datatype", "shape", "rows"), [("BYTES", [], 1), ("BYTES", [2, 1], 2), ("FP32", [], 1), ("FP32", [2, 1], 2)]
 )
-def test_rows_are_elements_of_bytes_and_else_the_first_axis(datatype: str, shape: list[int], rows: int) -> None:
+def test_rows_are_the_elements_of_bytes_and_the_first_axis_of_numbers(
+    datatype: str, shape: list[int], rows: int
+) -> None:
     values = [b"a", b"b"] if datatype == "BYTES" else [1.0, 2.0]
 
     assert Tensor.from_values("x", datatype, shape, values[:rows]).num_rows == rows
@@ -68,7 +70,7 @@ def test_rows_are_elements_of_bytes_and_else_the_first_axis(datatype: str, shape
         ("UINT16", [1], [65536], "a value lies outside UINT16"),
     ],
 )
-def test_values_that_are_not_what_they_claim_are_refused(
+def test_values_that_do_not_match_datatype_or_shape_are_refused(
     datatype: str, shape: list[int], values: list[Any], problem: str
 ) -> None:
     with pytest.raises(InvalidInput, match=problem):
@@ -84,7 +86,7 @@ def test_values_that_are_not_what_they_claim_are_refused(
         ("BYTES", b"\xff\xff\xff\xffabcd", "truncated"),
     ],
 )
-def test_raw_bytes_that_are_cut_are_refused(datatype: str, raw: bytes, problem: str) -> None:
+def test_truncated_raw_bytes_are_refused(datatype: str, raw: bytes, problem: str) -> None:
     with pytest.raises(InvalidInput, match=problem):
         Tensor.from_raw("x", datatype, [1], raw)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from pinnace import __version__
-from tests.servers import PROJECT
+from tests.support.servers import PROJECT
 
 
 def test_the_latest_entry_of_the_changelog_is_of_this_version() -> None:

@@ -1,4 +1,4 @@
-"""proto/wire.py against google.protobuf: what one reads the other reads, what one refuses the other refuses."""
+"""pinnace/proto/wire.py against google.protobuf: both decode and refuse the same messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pinnace.proto.generated import inference as pb
 from pinnace.proto.wire import DecodeError, decode, first_text
 from proto.generate import generate
-from tests.servers import PROJECT
+from tests.support.servers import PROJECT
 
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 
@@ -63,15 +63,15 @@ infer_request = st.fixed_dictionaries(
 )
 
 
-def google_request(google: ModuleType, values: dict[str, Any]) -> Any:
+def make_google_request(google: ModuleType, values: dict[str, Any]) -> Any:
     request = google.ModelInferRequest(model_name=values["model_name"], id=values["id"])
     request.raw_input_contents.extend(values["raw_input_contents"])
-    fill(google, request.parameters, values["parameters"])
+    fill_parameters(google, request.parameters, values["parameters"])
     for given_tensor in values["inputs"]:
         target = request.inputs.add(
             name=given_tensor["name"], datatype=given_tensor["datatype"], shape=given_tensor["shape"]
         )
-        fill(google, target.parameters, given_tensor["parameters"])
+        fill_parameters(google, target.parameters, given_tensor["parameters"])
         if "contents" in given_tensor:
             target.contents.SetInParent()
             for field, numbers in given_tensor["contents"].items():
@@ -79,88 +79,91 @@ def google_request(google: ModuleType, values: dict[str, Any]) -> Any:
     return request
 
 
-def fill(google: ModuleType, target: Any, parameters: dict[str, Any]) -> None:
+def fill_parameters(google: ModuleType, target: Any, parameters: dict[str, Any]) -> None:
     for name, choice in parameters.items():
         target[name].CopyFrom(google.InferParameter(**choice))
 
 
-def plain(message: Any) -> Any:
-    """Either library's message as comparable values."""
+def to_values(message: Any) -> Any:
+    """Return a message of either library as comparable values."""
     if hasattr(message, "DESCRIPTOR"):
         return {
-            field.name: plain_google(field, message)
+            field.name: google_to_values(field, message)
             for field in message.DESCRIPTOR.fields
             if not field.has_presence or message.HasField(field.name)
         }
-    fields = {name: plain_ours(getattr(message, name)) for name in message._betterproto.meta_by_field_name}
+    fields = {name: ours_to_values(getattr(message, name)) for name in message._betterproto.meta_by_field_name}
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def plain_google(field: Any, message: Any) -> Any:
+def google_to_values(field: Any, message: Any) -> Any:
     value = getattr(message, field.name)
     if field.message_type and field.message_type.GetOptions().map_entry:
-        return {key: plain(value[key]) for key in value}
+        return {key: to_values(value[key]) for key in value}
     if field.is_repeated:
-        return [plain(item) if field.message_type else item for item in value]
-    return plain(value) if field.message_type else value
+        return [to_values(item) if field.message_type else item for item in value]
+    return to_values(value) if field.message_type else value
 
 
-def plain_ours(value: Any) -> Any:
+def ours_to_values(value: Any) -> Any:
     if isinstance(value, memoryview):
         return value.tolist()
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_values(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain_ours(item) for item in value]
-    return plain(value) if hasattr(value, "_betterproto") else value
+        return [ours_to_values(item) for item in value]
+    return to_values(value) if hasattr(value, "_betterproto") else value
 
 
 @PROPERTY
 @given(values=infer_request)
-def test_every_message_that_google_writes_is_read_as_google_reads_it(
+def test_every_message_that_google_encodes_is_decoded_as_google_decodes_it(
     google: ModuleType, values: dict[str, Any]
 ) -> None:
-    data = google_request(google, values).SerializeToString()
+    data = make_google_request(google, values).SerializeToString()
 
-    assert plain(decode(pb.ModelInferRequest, data)) == plain(google.ModelInferRequest.FromString(data))
+    assert to_values(decode(pb.ModelInferRequest, data)) == to_values(google.ModelInferRequest.FromString(data))
 
 
 @PROPERTY
 @given(values=infer_request, data=st.data())
-def test_no_truncated_message_is_read_as_anything_but_what_google_reads(
+def test_a_truncated_message_is_decoded_as_google_decodes_it(
     google: ModuleType, values: dict[str, Any], data: st.DataObject
 ) -> None:
-    whole = google_request(google, values).SerializeToString()
+    whole = make_google_request(google, values).SerializeToString()
     cut = whole[: data.draw(st.integers(0, len(whole)))]
 
-    assert ours_or_error(cut) == googles_or_error(google, cut)
+    assert decode_or_error(cut) == google_decode_or_error(google, cut)
 
 
 @PROPERTY
 @given(values=infer_request, damage=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4))
-def test_a_damaged_message_is_read_as_google_reads_it_or_refused(
+def test_a_damaged_message_is_decoded_as_google_decodes_it_or_refused(
     google: ModuleType, values: dict[str, Any], damage: list[tuple[int, int]]
 ) -> None:
-    data = bytearray(google_request(google, values).SerializeToString()) or bytearray(1)
-    for where, octet in damage:
-        data[where % len(data)] = octet
+    data = bytearray(make_google_request(google, values).SerializeToString()) or bytearray(1)
+    for where, replacement in damage:
+        data[where % len(data)] = replacement
 
-    ours, googles = ours_or_error(bytes(data)), googles_or_error(google, bytes(data))
-    if ours != "error":  # groups, which it skips, are refused
-        np.testing.assert_equal(without_maps(ours), without_maps(googles))  # NaN included
+    ours, googles = decode_or_error(bytes(data)), google_decode_or_error(google, bytes(data))
+    if ours != "error":  # google skips groups, which we refuse
+        np.testing.assert_equal(drop_maps(ours), drop_maps(googles))  # NaN included
 
 
-def without_maps(value: Any) -> Any:
-    """upb, beneath google's Python, drops an entry that has an unknown field in it; its C++ and Java do not."""
+def drop_maps(value: Any) -> Any:
+    """Return `value` without its maps.
+
+    upb, which google's Python uses, drops map entries with unknown fields; google's C++ and Java do not.
+    """
     if isinstance(value, dict):
-        return {key: without_maps(item) for key, item in value.items() if key != "parameters"}
-    return [without_maps(item) for item in value] if isinstance(value, list) else value
+        return {key: drop_maps(item) for key, item in value.items() if key != "parameters"}
+    return [drop_maps(item) for item in value] if isinstance(value, list) else value
 
 
 @PROPERTY
 @given(values=infer_request)
-def test_a_text_is_found_without_reading_the_rest(google: ModuleType, values: dict[str, Any]) -> None:
-    data = google_request(google, values).SerializeToString()
+def test_first_text_finds_a_field_without_decoding_the_rest(google: ModuleType, values: dict[str, Any]) -> None:
+    data = make_google_request(google, values).SerializeToString()
 
     assert first_text(data, 1) == values["model_name"]
 
@@ -173,31 +176,31 @@ def test_a_text_is_found_without_reading_the_rest(google: ModuleType, values: di
         (b"\x10\x01" * 1000 + b"\x0a\x01a", "field 1 is not among the first 1,000"),
     ],
 )
-def test_a_text_that_cannot_be_had_is_refused(data: bytes, problem: str) -> None:
+def test_first_text_refuses_a_message_without_a_readable_field(data: bytes, problem: str) -> None:
     with pytest.raises(DecodeError, match=problem):
         first_text(data, 1)
 
 
-def ours_or_error(data: bytes) -> Any:
+def decode_or_error(data: bytes) -> Any:
     try:
-        return plain(decode(pb.ModelInferRequest, data))
+        return to_values(decode(pb.ModelInferRequest, data))
     except DecodeError:
         return "error"
 
 
-def googles_or_error(google: ModuleType, data: bytes) -> Any:
-    from google.protobuf.message import DecodeError as GooglesDecodeError
+def google_decode_or_error(google: ModuleType, data: bytes) -> Any:
+    from google.protobuf.message import DecodeError as GoogleDecodeError
 
     try:
-        return plain(google.ModelInferRequest.FromString(data))
-    except GooglesDecodeError:
+        return to_values(google.ModelInferRequest.FromString(data))
+    except GoogleDecodeError:
         return "error"
 
 
 @PROPERTY
 @given(data=st.binary(max_size=200))
-def test_arbitrary_bytes_raise_nothing_but_a_decode_error(data: bytes) -> None:
-    ours_or_error(data)
+def test_decoding_arbitrary_bytes_raises_only_decode_errors(data: bytes) -> None:
+    decode_or_error(data)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_a_number_in_a_string_field_is_an_unknown_field() -> None:
     assert decode(pb.ModelInferRequest, b"\x08\x05").model_name == ""
 
 
-def test_numbers_that_come_unpacked_and_in_several_packed_runs_are_all_kept() -> None:
+def test_unpacked_numbers_and_several_packed_runs_are_concatenated() -> None:
     message = decode(pb.InferTensorContents, b"\x10\x01\x12\x02\x02\x03\x10\x04")
 
     assert message.int_contents.tolist() == [1, 2, 3, 4]  # type: ignore[attr-defined]
@@ -246,7 +249,7 @@ def test_packed_floats_are_not_copied() -> None:
     assert floats.tolist() == [1.5, 2.5]
 
 
-def test_a_decoded_message_can_be_compared_and_tested_for_truth() -> None:
+def test_decoded_messages_support_equality_and_truth() -> None:
     data = bytes(pb.InferTensorContents(fp32_contents=[1.5], int_contents=[7]))
 
     assert decode(pb.InferTensorContents, data)
@@ -256,7 +259,7 @@ def test_a_decoded_message_can_be_compared_and_tested_for_truth() -> None:
 def test_generating_the_messages_again_changes_nothing(tmp_path: Path) -> None:
     generate(tmp_path)
 
-    def written(folder: Path) -> dict[Path, str]:
+    def read_generated(folder: Path) -> dict[Path, str]:
         return {file.relative_to(folder): file.read_text() for file in folder.rglob("*.py")}
 
-    assert written(tmp_path) == written(PROJECT / "pinnace/proto/generated")
+    assert read_generated(tmp_path) == read_generated(PROJECT / "pinnace/proto/generated")

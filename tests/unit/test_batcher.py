@@ -19,7 +19,7 @@ from pinnace.inference.scheduler import Scheduler
 from pinnace.observability.metrics import Metrics
 from pinnace.observability.timings import RequestTimings
 from pinnace.predictor import Arrays
-from tests.servers import wait_for
+from tests.support.waiting import wait_for
 from tests.unit.inference import MODEL, TIMEOUT_SECONDS, AllCores, Recorder, preprocessed, sample
 
 
@@ -64,7 +64,9 @@ class Bench:
     async def wait_until_queued(self, num_requests: int) -> None:
         """Return once so many requests are decoded, the one that runs included."""
         await asyncio.to_thread(
-            wait_for, lambda: sample(self.metrics, "pinnace_requests_queued_or_running") == num_requests
+            wait_for,
+            lambda: sample(self.metrics, "pinnace_requests_queued_or_running") == num_requests,
+            f"{num_requests} decoded requests",
         )
 
 

@@ -1,4 +1,4 @@
-"""Logging of a running server: the line a request, formats, levels and configurations written for KServe."""
+"""pinnace/observability/logging.py and access_log.py: log lines, formats, levels and KServe's configurations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import grpc
 import pytest
 import yaml
 
-from tests.conftest import grpc_call
-from tests.servers import Server, running, start_failing
+from tests.support.clients import call_grpc
+from tests.support.servers import Server, expect_start_failure, run_server
 
-ECHO = "--predictor=tests.predictors:Echo"
+ECHO = "--predictor=tests.support.predictors:Echo"
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
 PAYLOAD = "c2VjcmV0IHBheWxvYWQ"
 
-# In the manner of KServe's documentation: classes and loggers are uvicorn's.
+# As in KServe's documentation: classes and loggers are uvicorn's.
 KSERVE_CONFIGURATION: dict[str, Any] = {
     "version": 1,
     "formatters": {
@@ -79,35 +79,35 @@ format=MINE %(levelprefix)s|%(client_addr)s|%(request_line)s|%(status_code)s
 """
 
 
-def output(
-    tmp_path: Path, ask: Callable[[Server], Any], *flags: str, **environment: str
+def run_and_read_output(
+    tmp_path: Path, send_requests: Callable[[Server], Any], *flags: str, **environment: str
 ) -> tuple[list[str], list[str]]:
-    """Lines of standard output and standard error of a server that was asked something."""
+    """Run a server, send it requests, and return the lines of its standard output and standard error."""
     with (
         (tmp_path / "stdout").open("w") as file,
-        running(ECHO, *flags, environment={**os.environ, **environment}, stdout=file) as server,
+        run_server(ECHO, *flags, environment={**os.environ, **environment}, stdout=file) as server,
     ):
-        ask(server)
+        send_requests(server)
         assert server.stop() == 0
     return (tmp_path / "stdout").read_text().splitlines(), [line.rstrip("\n") for line in server.log]
 
 
-def ask_both(google: ModuleType) -> Callable[[Server], None]:
-    """A REST call that fails and a gRPC call that does not."""
+def make_calls_over_both_protocols(google: ModuleType) -> Callable[[Server], None]:
+    """Return a function that sends a REST request that fails, and gRPC calls that succeed and fail on both ports."""
 
-    def ask(server: Server) -> None:
+    def send_requests(server: Server) -> None:
         server.post("/v1/models/custom-model:predict?a=b%0Ac", json.dumps({"instances": [{"x": {"b64": PAYLOAD}}]}))
         for port in (server.grpc_port, server.http_port):
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                grpc_call(channel, google, "ServerLive", google.ServerLiveRequest())
+                call_grpc(channel, google, "ServerLive", google.ServerLiveRequest())
                 with pytest.raises(grpc.RpcError):
-                    grpc_call(channel, google, "ModelReady", google.ModelReadyRequest(name="nope"))
+                    call_grpc(channel, google, "ModelReady", google.ModelReadyRequest(name="nope"))
 
-    return ask
+    return send_requests
 
 
 def test_every_request_of_either_protocol_is_a_line_on_standard_output(tmp_path: Path, google: ModuleType) -> None:
-    lines, _ = output(tmp_path, ask_both(google))
+    lines, _ = run_and_read_output(tmp_path, make_calls_over_both_protocols(google))
 
     start = rf"{TIME} uvicorn\.access INFO:     127\.0\.0\.1:\d+ \d+ - "
     service = "/inference.GRPCInferenceService"
@@ -125,20 +125,22 @@ def test_every_request_of_either_protocol_is_a_line_on_standard_output(tmp_path:
         assert re.fullmatch(start + re.escape(end), line), line
 
 
-def test_what_the_server_has_to_say_is_on_standard_error_in_kserves_format(tmp_path: Path) -> None:
-    _, lines = output(tmp_path, lambda server: server.get("/"))
+def test_log_messages_are_on_standard_error_in_kserves_format(tmp_path: Path) -> None:
+    _, lines = run_and_read_output(tmp_path, lambda server: server.get("/"))
 
     for line in lines:
         assert re.match(rf"{TIME} \d+ [\w.]+ (INFO|WARNING) \[\w+\.py:\w+\(\):\d+\] ", line), line
 
 
-def test_nothing_of_a_body_is_logged(tmp_path: Path, google: ModuleType) -> None:
+def test_no_part_of_a_body_is_logged(tmp_path: Path, google: ModuleType) -> None:
     for flags in ([], ["--log_format=json"], ["--access_log_format=%(request_line)s %({content-type}i)s"]):
-        out, err = output(tmp_path, ask_both(google), *flags, KSERVE_LOGLEVEL="debug")
+        out, err = run_and_read_output(
+            tmp_path, make_calls_over_both_protocols(google), *flags, KSERVE_LOGLEVEL="debug"
+        )
         assert not [line for line in out + err if PAYLOAD in line or "secret" in line]
 
 
-# The formats, handlers and loggers of the tutorial's example, which it gives as JSON, as YAML and as a dictionary.
+# The example of the tutorial, which shows it as JSON, as YAML and as a dictionary.
 SECOND = "%Y-%m-%d %H:%M:%S"
 TUTORIALS_FORMATS = {
     "kserve": "%(asctime)s.%(msecs)03d %(filename)s:%(funcName)s():%(lineno)s %(message)s",
@@ -164,17 +166,21 @@ TUTORIALS_CONFIGURATION["formatters"]["uvicorn"] |= {"()": "uvicorn.logging.Defa
 
 
 @pytest.mark.parametrize("form", ["json", "yaml", "dictionary"])
-def test_the_tutorials_configuration_gives_its_formats(form: str, tmp_path: Path) -> None:
+def test_the_tutorials_configuration_is_applied(form: str, tmp_path: Path) -> None:
     file = tmp_path / f"logging.{form}"
     file.write_text((yaml.safe_dump if form == "yaml" else json.dumps)(TUTORIALS_CONFIGURATION))
-    flag = f"--log_config_file={file}" if form != "dictionary" else "--predictor=tests.predictors:ConfiguresLogging"
+    flag = (
+        f"--log_config_file={file}"
+        if form != "dictionary"
+        else "--predictor=tests.support.predictors:ConfiguresLogging"
+    )
 
-    def ask(server: Server) -> None:
+    def send_requests(server: Server) -> None:
         server.predict('{"instances": [1]}')
 
-    out, err = output(tmp_path, ask, flag, TEST_LOGGING=json.dumps(TUTORIALS_CONFIGURATION))
+    out, err = run_and_read_output(tmp_path, send_requests, flag, TEST_LOGGING=json.dumps(TUTORIALS_CONFIGURATION))
 
-    assert out == []  # its access lines go to standard error
+    assert out == []  # this configuration sends the access log to standard error
     for start in (
         r"lifecycle\.py:_serve\(\):\d+ ready after ",
         r"kserve\.trace requestId: N\.A\., preprocess_ms: ",
@@ -195,7 +201,7 @@ def test_a_configuration_written_for_kserve_works_unchanged(suffix: str, tmp_pat
     else:
         file.write_text(KSERVE_INI)
 
-    out, err = output(tmp_path, lambda server: server.get("/v1/models"), f"--log_config_file={file}")
+    out, err = run_and_read_output(tmp_path, lambda server: server.get("/v1/models"), f"--log_config_file={file}")
 
     assert len(out) == 1
     assert re.fullmatch(r"MINE INFO:    \|127\.0\.0\.1:\d+\|GET /v1/models HTTP/1\.1\|200 OK", out[0])
@@ -203,15 +209,15 @@ def test_a_configuration_written_for_kserve_works_unchanged(suffix: str, tmp_pat
     assert err[-1] == "MINE INFO:    |pinnace.process.server|stopped"
 
 
-def test_a_format_of_ones_own_has_asgi_loggers_atoms(tmp_path: Path) -> None:
+def test_an_access_log_format_has_asgi_loggers_atoms(tmp_path: Path) -> None:
     atoms = ["h", "m", "U", "q", "H", "s", "st", "status_code", "request_line", "r", "R", "b", "B", "p", "a", "f", "l",
              "{x-mine}i", "{X-Mine}i", "{content-type}o", "{PINNACE_TEST}e", "{absent}i", "nonsense"]  # fmt: skip
     form = "|".join(f"%({atom})s" for atom in atoms)
 
-    def ask(server: Server) -> None:
+    def send_requests(server: Server) -> None:
         server.post("/v1/models?a=1", "{}", x_mine="yes", user_agent="tester")
 
-    (line,), _ = output(tmp_path, ask, f"--access_log_format={form}", PINNACE_TEST="here")
+    (line,), _ = run_and_read_output(tmp_path, send_requests, f"--access_log_format={form}", PINNACE_TEST="here")
 
     found = dict(zip(atoms, line.split("|"), strict=True))
     pid = found.pop("p")
@@ -245,15 +251,15 @@ def test_a_format_of_ones_own_has_asgi_loggers_atoms(tmp_path: Path) -> None:
 def test_times_of_a_request_are_in_seconds_milliseconds_and_microseconds(tmp_path: Path) -> None:
     form = "%(T)s %(M)s %(D)s %(L)s"
 
-    (line,), _ = output(tmp_path, lambda server: server.get("/"), f"--access_log_format={form}")
+    (line,), _ = run_and_read_output(tmp_path, lambda server: server.get("/"), f"--access_log_format={form}")
 
     seconds, milliseconds, microseconds, decimal = line.split()
     assert int(seconds) == int(milliseconds) // 1000 == int(microseconds) // 1_000_000
     assert float(decimal) == pytest.approx(int(microseconds) / 1e6, abs=2e-6)
 
 
-def test_json_has_one_object_a_line(tmp_path: Path, google: ModuleType) -> None:
-    out, err = output(tmp_path, ask_both(google), "--log_format=json")
+def test_json_has_one_object_per_line(tmp_path: Path, google: ModuleType) -> None:
+    out, err = run_and_read_output(tmp_path, make_calls_over_both_protocols(google), "--log_format=json")
 
     entries = [json.loads(line) for line in out + err]
     assert {"time", "level", "logger", "message"} <= set.intersection(*(set(entry) for entry in entries))
@@ -261,9 +267,9 @@ def test_json_has_one_object_a_line(tmp_path: Path, google: ModuleType) -> None:
     assert entries[-1]["message"] == "stopped"
 
 
-def test_json_keeps_an_exception_on_its_line(tmp_path: Path) -> None:
+def test_an_exception_is_on_the_same_json_line(tmp_path: Path) -> None:
     body = json.dumps({"instances": ["RuntimeError"]})
-    with running("--predictor=tests.predictors:Failing", "--log_format=json") as server:
+    with run_server("--predictor=tests.support.predictors:Failing", "--log_format=json") as server:
         server.predict(body)
         server.stop()
 
@@ -272,10 +278,12 @@ def test_json_keeps_an_exception_on_its_line(tmp_path: Path) -> None:
     assert entry["exception"].endswith("RuntimeError: the secret of the text")
 
 
-def test_every_inference_says_how_long_each_handler_took(tmp_path: Path) -> None:
+def test_every_inference_logs_the_time_of_each_handler(tmp_path: Path) -> None:
     body = json.dumps({"instances": [1]})
 
-    _, lines = output(tmp_path, lambda server: [server.predict(body), server.predict(body, x_request_id="mine")])
+    _, lines = run_and_read_output(
+        tmp_path, lambda server: [server.predict(body), server.predict(body, x_request_id="mine")]
+    )
 
     number = r"[\d.e-]+"
     line = rf"preprocess_ms: {number}, explain_ms: 0, predict_ms: {number}, postprocess_ms: {number}"
@@ -287,15 +295,15 @@ def test_every_inference_says_how_long_each_handler_took(tmp_path: Path) -> None
 def test_without_the_flag_no_latencies_are_logged(tmp_path: Path) -> None:
     body = json.dumps({"instances": [1]})
 
-    _, lines = output(tmp_path, lambda server: server.predict(body), "--enable_latency_logging=false")
+    _, lines = run_and_read_output(tmp_path, lambda server: server.predict(body), "--enable_latency_logging=false")
 
     assert not [line for line in lines if "kserve.trace" in line]
 
 
-def test_a_request_id_comes_back_on_every_answer_and_on_its_log_lines(tmp_path: Path, google: ModuleType) -> None:
+def test_a_request_id_is_in_every_response_and_in_its_log_lines(tmp_path: Path, google: ModuleType) -> None:
     answers: list[Any] = []
 
-    def ask(server: Server) -> None:
+    def send_requests(server: Server) -> None:
         for body in (json.dumps({"instances": [1]}), "{"):
             answers.append(server.predict(body, x_request_id="mine").headers["x-request-id"])
         for port in (server.grpc_port, server.http_port):
@@ -308,7 +316,7 @@ def test_a_request_id_comes_back_on_every_answer_and_on_its_log_lines(tmp_path: 
                 answers.append(dict(metadata)["x-request-id"])
         assert "x-request-id" not in server.get("/").headers
 
-    out, err = output(tmp_path, ask, "--log_format=json")
+    out, err = run_and_read_output(tmp_path, send_requests, "--log_format=json")
 
     assert answers == ["mine"] * 4
     entries = [json.loads(line) for line in out + err]
@@ -319,18 +327,18 @@ def test_a_request_id_comes_back_on_every_answer_and_on_its_log_lines(tmp_path: 
 
 
 def test_a_failure_is_logged_with_its_request_id() -> None:
-    with running("--predictor=tests.predictors:Failing") as server:
+    with run_server("--predictor=tests.support.predictors:Failing") as server:
         server.predict(json.dumps({"instances": ["RuntimeError"]}), x_request_id="mine")
         server.stop()
 
     assert [line for line in server.log if line.endswith("request mine failed\n")]
 
 
-def test_the_level_is_kserves_variable(tmp_path: Path) -> None:
-    _, quiet = output(tmp_path, lambda server: server.get("/"))
+def test_the_level_is_set_by_kserves_variable(tmp_path: Path) -> None:
+    _, quiet = run_and_read_output(tmp_path, lambda server: server.get("/"))
     assert [line for line in quiet if "stopped" in line]
 
-    code, lines = start_failing(ECHO, "--http_port=0", environment={**os.environ, "KSERVE_LOGLEVEL": "loud"})
+    code, lines = expect_start_failure(ECHO, "--http_port=0", environment={**os.environ, "KSERVE_LOGLEVEL": "loud"})
     assert code == 2
     assert lines == ["app.py: KSERVE_LOGLEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not LOUD"]
 
@@ -351,13 +359,13 @@ def test_a_configuration_that_cannot_be_used_stops_the_start_with_one_line(
     if text is not None:
         (tmp_path / name).write_text(text)
 
-    code, lines = start_failing(ECHO, f"--log_config_file={tmp_path / name}")
+    code, lines = expect_start_failure(ECHO, f"--log_config_file={tmp_path / name}")
 
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith(f"app.py: --log_config_file={tmp_path / name} cannot be used: ")
 
 
-def test_the_ini_of_these_tests_is_one_that_pythons_parser_reads() -> None:
+def test_the_ini_of_these_tests_is_valid() -> None:
     parser = configparser.RawConfigParser()
     parser.read_string(KSERVE_INI)
 

@@ -1,4 +1,4 @@
-"""A module that is told to stop while it is imported, and takes the exception for one of its own, as C modules do."""
+"""A module that gets SIGTERM while it is imported, and turns the exception into an ImportError, as C extensions do."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Asks the server with KServe's own SDK, as its tutorial does; run by .venv-kserve, prints what came back as JSON."""
+"""Calls the server with KServe's SDK, as its tutorial does, and prints the results as JSON. Runs in .venv-kserve."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ from kserve.inference_client import InferenceGRPCClient, InferenceRESTClient, RE
 from kserve.protocol.infer_type import RequestedOutput
 
 
-def plain(response: Any) -> Any:
+def to_dict(response: Any) -> Any:
     return {
         "id": response.id,
         "model_name": response.model_name,
@@ -29,8 +29,8 @@ def plain(response: Any) -> Any:
     }
 
 
-async def by_grpc(address: str, image: bytes, pixels: Any) -> dict[str, Any]:
-    """Everything that the SDK's gRPC client has."""
+async def call_over_grpc(address: str, image: bytes, pixels: Any) -> dict[str, Any]:
+    """Call every method of the SDK's gRPC client."""
     # SERVICE_HOSTNAME is unset in the tutorial's local run, which makes the authority empty.
     empty_authority = [("grpc.ssl_target_name_override", "")]
     answers: dict[str, Any] = {}
@@ -41,15 +41,15 @@ async def by_grpc(address: str, image: bytes, pixels: Any) -> dict[str, Any]:
         for name, shape in (("shape [1]", [1]), ("no shape", [])):
             tensor = InferInput(name="input-0", shape=shape, datatype="BYTES", data=[image])
             infer = InferRequest(model_name="custom-model", infer_inputs=[tensor])
-            answers[name] = plain(await client.infer(infer_request=infer))
+            answers[name] = to_dict(await client.infer(infer_request=infer))
         for name, binary in (("typed", False), ("raw", True)):
-            infer = InferRequest(model_name="custom-model", infer_inputs=[prepared(pixels, binary)])
-            answers[name] = plain(await client.infer(infer_request=infer))
+            infer = InferRequest(model_name="custom-model", infer_inputs=[make_tensor_input(pixels, binary)])
+            answers[name] = to_dict(await client.infer(infer_request=infer))
     return answers
 
 
-async def by_rest(url: str, request: Any, text: str, pixels: Any) -> dict[str, Any]:
-    """Everything that the SDK's REST client has, but for explaining."""
+async def call_over_rest(url: str, request: Any, text: str, pixels: Any) -> dict[str, Any]:
+    """Call every method of the SDK's REST client, except explain."""
     answers: dict[str, Any] = {}
     async with InferenceRESTClient(RESTConfig(protocol="v1")) as client:
         answers["v1"] = await client.infer(url, request, model_name="custom-model")
@@ -61,18 +61,18 @@ async def by_rest(url: str, request: Any, text: str, pixels: Any) -> dict[str, A
         answers["v2 model ready"] = await client.is_model_ready(url, "custom-model")
         tensor = InferInput(name="input-0", shape=[1], datatype="BYTES", data=[text])
         infer = InferRequest(model_name="custom-model", infer_inputs=[tensor], request_id="mine")
-        answers["v2 image"] = plain(await client.infer(url, infer, model_name="custom-model"))
+        answers["v2 image"] = to_dict(await client.infer(url, infer, model_name="custom-model"))
         for name, binary in (("v2 JSON", False), ("v2 binary", True)):
             infer = InferRequest(
                 model_name="custom-model",
-                infer_inputs=[prepared(pixels[:2], binary)],  # four in JSON would exceed max_body_bytes
+                infer_inputs=[make_tensor_input(pixels[:2], binary)],  # four in JSON would exceed max_body_bytes
                 request_outputs=[RequestedOutput(name="output-0", parameters={"binary_data": binary})],
             )
-            answers[name] = plain(await client.infer(url, infer, model_name="custom-model"))
+            answers[name] = to_dict(await client.infer(url, infer, model_name="custom-model"))
     return answers
 
 
-def prepared(pixels: Any, binary: bool) -> Any:
+def make_tensor_input(pixels: Any, binary: bool) -> Any:
     tensor = InferInput(name="INPUT__0", shape=list(pixels.shape), datatype="FP32")
     tensor.set_data_from_numpy(pixels, binary_data=binary)
     return tensor
@@ -82,8 +82,8 @@ async def main(rest_url: str, grpc_addresses: list[str], request: Any) -> None:
     text = request["instances"][0]["image"]["b64"]
     pixels = np.random.default_rng(0).standard_normal((4, 3, 224, 224)).astype(np.float32)
     answers = {
-        "grpc": [await by_grpc(address, base64.b64decode(text), pixels) for address in grpc_addresses],
-        "rest": await by_rest(rest_url, request, text, pixels),
+        "grpc": [await call_over_grpc(address, base64.b64decode(text), pixels) for address in grpc_addresses],
+        "rest": await call_over_rest(rest_url, request, text, pixels),
     }
     json.dump(answers, sys.stdout)
 

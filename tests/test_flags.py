@@ -145,7 +145,7 @@ def test_kserves_flag_for_transformers_is_refused_and_explained(flag: str) -> No
     ],
 )
 def test_kserves_variable_is_taken(variable: str, text: str, setting: str) -> None:
-    """KSERVE_LOGLEVEL is in test_logs; STORAGE_URI comes with storage."""
+    """KSERVE_LOGLEVEL is in test_logging; STORAGE_URI comes with storage."""
     assert parse_settings([], {variable: text}) == parse_settings([f"--{setting}={text}"], {})
 
 

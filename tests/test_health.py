@@ -1,4 +1,4 @@
-"""What operators ask over REST, and what any HTTP client may expect of any route."""
+"""pinnace/http/health.py and app.py: metadata, errors of routing, CORS and HTTP/2 over REST."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import httpx
 import pytest
 
-from tests.servers import Server, running
+from tests.support.servers import Server, run_server
 
 
 def test_the_metadata_of_a_seeded_model_warns(server: Server) -> None:
@@ -45,7 +45,7 @@ def test_a_wrong_method_is_405_and_names_the_right_ones(path: str, server: Serve
     assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_without_the_flag_no_web_page_of_another_origin_may_call(server: Server) -> None:
+def test_without_the_flag_there_are_no_cors_headers(server: Server) -> None:
     response = httpx.get(server.url, headers={"origin": "https://example.com"})
 
     assert "access-control-allow-origin" not in response.headers
@@ -60,11 +60,15 @@ def test_without_the_flag_no_web_page_of_another_origin_may_call(server: Server)
         ("https://example.com", "https://example.org", False),
     ],
 )
-def test_web_pages_of_the_allowed_origins_may_call(origins: str, origin: str, allowed: bool) -> None:
-    asked = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "x-mine"}
-    with running("--predictor=tests.predictors:Echo", f"--cors_allow_origins={origins}") as server:
+def test_cors_headers_allow_only_the_configured_origins(origins: str, origin: str, allowed: bool) -> None:
+    preflight_headers = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "x-mine",
+    }
+    with run_server("--predictor=tests.support.predictors:Echo", f"--cors_allow_origins={origins}") as server:
         url = f"{server.url}/v1/models/custom-model:predict"
-        preflight = httpx.options(url, headers=asked)
+        preflight = httpx.options(url, headers=preflight_headers)
         answer = httpx.post(url, json={"instances": [1]}, headers={"origin": origin})
         error = httpx.post(url, json={}, headers={"origin": origin})
 
@@ -76,11 +80,11 @@ def test_web_pages_of_the_allowed_origins_may_call(origins: str, origin: str, al
         assert answer.headers["access-control-allow-credentials"] == "true"
 
 
-def test_nothing_tells_which_server_it_is(server: Server) -> None:
+def test_there_is_no_server_header(server: Server) -> None:
     assert "server" not in server.get("/").headers
 
 
-def test_http_2_is_spoken_to_clients_that_begin_with_it(server: Server) -> None:
+def test_http_2_is_served_to_clients_with_prior_knowledge(server: Server) -> None:
     done = subprocess.run(
         [
             "curl",

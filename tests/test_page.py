@@ -1,4 +1,4 @@
-"""pinnace/rest_page.py and page.html: what a browser shows at /, with no internet."""
+"""pinnace/http/page.py and page.html: the page at /, in a browser without internet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.browser import needs_browser, opened
-from tests.pictures import CAT, v1_request
-from tests.servers import PROJECT, Server, running
-from tests.test_metrics import ended, value, wait_for
+from tests.support.browser import needs_browser, open_page
+from tests.support.clients import make_v1_request
+from tests.support.metrics import requests_by_outcome, wait_for_metric
+from tests.support.pictures import CAT
+from tests.support.servers import PROJECT, Server, run_server
+from tests.support.waiting import wait_for
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 PHOTO = {"name": "cat's photo.png", "mimeType": "image/png", "buffer": CAT}
@@ -33,34 +35,36 @@ DROP = """([name, type, text]) => {
 }"""
 
 
-def give(page: Page, kind: str, content: bytes = CAT, name: str = "photo.png", media_type: str = "image/png") -> None:
-    """A file by the hands of a user: dropped, pasted or chosen."""
+def give_file(
+    page: Page, kind: str, content: bytes = CAT, name: str = "photo.png", media_type: str = "image/png"
+) -> None:
+    """Drop, paste or choose a file on the page."""
     if kind == "choose":
         page.set_input_files("#file", {"name": name, "mimeType": media_type, "buffer": content})
     else:
         page.evaluate(DROP.replace("KIND", json.dumps(kind)), [name, media_type, base64.b64encode(content).decode()])
 
 
-def found(page: Page) -> list[str]:
-    """Label and percent of each bar."""
+def read_classes(page: Page) -> list[str]:
+    """Return the label and percentage of each of the five bars."""
     expect(page.locator("#classes li")).to_have_count(5)
     return [" ".join(row.split("\n")) for row in page.locator("#classes li").all_inner_texts()]
 
 
-def expected(server: Server) -> list[str]:
-    request = {**json.loads(v1_request(CAT)), "signature_name": "classification"}
+def get_expected_classes(server: Server) -> list[str]:
+    request = {**json.loads(make_v1_request(CAT)), "signature_name": "classification"}
     (row,) = server.predict(json.dumps(request)).json()["predictions"]
-    return [f"{one['label']} {100 * one['probability']:.1f} %" for one in row]
+    return [f"{found['label']} {100 * found['probability']:.1f} %" for found in row]
 
 
 @pytest.fixture(scope="module")
 def several(model_dir: Path) -> Iterator[Server]:
-    echo = "--predictor=words=tests.predictors:Echo"
-    with running(f"--model=pictures={model_dir},words=", echo, "--enable_grpc=false") as server:
+    echo = "--predictor=words=tests.support.predictors:Echo"
+    with run_server(f"--model=pictures={model_dir},words=", echo, "--enable_grpc=false") as server:
         yield server
 
 
-def test_a_browser_gets_the_page_and_every_other_client_what_kserve_answers(server: Server) -> None:
+def test_a_browser_gets_the_page_and_every_other_client_kserves_answer(server: Server) -> None:
     page = httpx.get(server.url, headers=BROWSER)
 
     assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
@@ -69,41 +73,41 @@ def test_a_browser_gets_the_page_and_every_other_client_what_kserve_answers(serv
         assert httpx.get(server.url, headers={"accept": accept}).json() == {"status": "alive"}
 
 
-def test_without_a_page_a_browser_gets_what_kserve_answers() -> None:
-    with running("--predictor=tests.predictors:Echo", "--enable_ui=false") as server:
+def test_without_the_page_a_browser_gets_kserves_answer() -> None:
+    with run_server("--predictor=tests.support.predictors:Echo", "--enable_ui=false") as server:
         assert httpx.get(server.url, headers=BROWSER).json() == {"status": "alive"}
 
 
 @needs_browser
 @pytest.mark.parametrize("kind", ["drop", "paste", "choose"])
-def test_a_picture_that_is_given_shows_its_five_classes_and_where_the_time_went(kind: str, server: Server) -> None:
-    with opened(server.url) as (page, troubles):
+def test_a_picture_gets_its_five_classes_and_the_time_of_each_stage(kind: str, server: Server) -> None:
+    with open_page(server.url) as (page, problems):
         expect(page.locator("#facts")).to_contain_text("architecture alexnet")
-        give(page, kind)
+        give_file(page, kind)
 
-        assert found(page) == expected(server)
+        assert read_classes(page) == get_expected_classes(server)
         expect(page.get_by_alt_text("Your picture, photo.png")).to_be_visible()
         stages = [row.split()[0] for row in page.locator("#legend li").all_inner_texts()]
         assert stages == ["preprocess", "waiting", "predict", "postprocess", "network"]
-        assert troubles == []
+        assert problems == []
 
 
 @needs_browser
-def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, gate: Callable[[str], Path]) -> None:
-    """The model is held, so that the first picture's answer comes after the file that is none."""
-    held = gate("held")
-    flags = (f"--model=pictures={model_dir},slow=", "--predictor=slow=tests.predictors:EveryCore")
-    with running(*flags) as server, ThreadPoolExecutor() as clients, opened(server.url) as (page, _):
+def test_the_answer_to_an_earlier_picture_is_not_shown(model_dir: Path, make_gate: Callable[[str], Path]) -> None:
+    """A run of the other model is held, so that the first picture's answer arrives after the second file, a PDF."""
+    held = make_gate("held")
+    flags = (f"--model=pictures={model_dir},slow=", "--predictor=slow=tests.support.predictors:AllCores")
+    with run_server(*flags) as server, ThreadPoolExecutor() as clients, open_page(server.url) as (page, _):
         expect(page.locator("#facts")).to_contain_text("architecture alexnet")
         body = json.dumps({"instances": [str(held)]})
         busy = clients.submit(server.post, "/v1/models/slow:predict", body)
         with held.open("wb"):
-            give(page, "drop")
-            wait_for(lambda: value(server, "pinnace_requests_in_flight") == 2, server)
-            give(page, "drop", b"%PDF-1.7", "a.pdf", "application/pdf")
+            give_file(page, "drop")
+            wait_for_metric(server, "pinnace_requests_in_flight", 2)
+            give_file(page, "drop", b"%PDF-1.7", "a.pdf", "application/pdf")
             expect(page.locator("#problem")).to_contain_text("a.pdf is no picture")
         assert busy.result().status_code == 200
-        wait_for(lambda: ended(server).get(("v1", "answered")) == 2, server)
+        wait_for(lambda: requests_by_outcome(server).get(("v1", "answered")) == 2, "two answered requests")
         expect(page.locator("#under-way")).to_have_text("0")
 
         assert page.locator("#problem").is_visible()
@@ -111,8 +115,8 @@ def test_what_was_asked_before_is_not_shown_any_more(model_dir: Path, gate: Call
 
 
 @needs_browser
-def test_untrained_weights_are_told_loudly(server: Server) -> None:
-    with opened(server.url) as (page, _):
+def test_untrained_weights_show_an_alert(server: Server) -> None:
+    with open_page(server.url) as (page, _):
         expect(page.get_by_role("alert")).to_have_text(
             "UNTRAINED WEIGHTS (seeded:0): the answers are meaningless, for tests and benchmarks only"
         )
@@ -128,37 +132,37 @@ def test_untrained_weights_are_told_loudly(server: Server) -> None:
     ],
     ids=["PDF", "50 MB"],
 )
-def test_what_cannot_be_answered_is_told_without_asking(
+def test_a_file_that_the_server_would_refuse_is_not_sent(
     name: str, size_bytes: int, message: str, server: Server, tmp_path: Path
 ) -> None:
     file = tmp_path / name
     file.write_bytes(b"%PDF-1.7\n" + bytes(size_bytes - 9))
-    with opened(server.url) as (page, troubles):
+    with open_page(server.url) as (page, problems):
         expect(page.locator("#facts")).not_to_be_empty()
         page.set_input_files("#file", file)
 
         expect(page.locator("#problem")).to_contain_text(message)
         expect(page.locator("#classes li")).to_have_count(0)
-        assert troubles == []
+        assert problems == []
 
 
 @needs_browser
-def test_what_the_server_refuses_is_told_in_its_words(server: Server) -> None:
-    with opened(server.url) as (page, _):
+def test_an_error_of_the_server_is_shown(server: Server) -> None:
+    with open_page(server.url) as (page, _):
         expect(page.locator("#facts")).not_to_be_empty()
-        give(page, "choose", CAT[:200])
+        give_file(page, "choose", CAT[:200])
 
         expect(page.locator("#problem")).to_contain_text("input 'image', row 0: ")
 
 
 @needs_browser
 @pytest.mark.parametrize("tab", ["curl", "Python, REST", "Python, gRPC"])
-def test_the_code_shown_gives_the_same_answer_as_it_stands(tab: str, server: Server, tmp_path: Path) -> None:
+def test_the_code_shown_runs_and_gives_the_same_answer(tab: str, server: Server, tmp_path: Path) -> None:
     (tmp_path / str(PHOTO["name"])).write_bytes(CAT)
-    with opened(server.url) as (page, _):
+    with open_page(server.url) as (page, _):
         expect(page.locator("#facts")).not_to_be_empty()
         page.set_input_files("#file", PHOTO)  # type: ignore[arg-type]
-        labels = [row.rsplit(" ", 2)[0] for row in found(page)]
+        labels = [row.rsplit(" ", 2)[0] for row in read_classes(page)]
         page.get_by_role("tab", name=tab).click()
         code = page.locator("#code").inner_text()
 
@@ -174,14 +178,14 @@ def test_the_code_shown_gives_the_same_answer_as_it_stands(tab: str, server: Ser
     )
 
     if tab == "curl":
-        assert [one["label"] for one in json.loads(done.stdout)["predictions"][0]] == labels
+        assert [found["label"] for found in json.loads(done.stdout)["predictions"][0]] == labels
     else:
         assert [line.partition("%  ")[2] for line in done.stdout.splitlines()] == labels
 
 
 @needs_browser
-def test_the_tabs_are_walked_by_arrow_keys(server: Server) -> None:
-    with opened(server.url) as (page, _):
+def test_arrow_keys_select_the_tabs(server: Server) -> None:
+    with open_page(server.url) as (page, _):
         page.get_by_role("tab", name="curl").focus()
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("tab", name="Python, REST")).to_be_focused()
@@ -193,19 +197,19 @@ def test_the_tabs_are_walked_by_arrow_keys(server: Server) -> None:
 
 
 @needs_browser
-def test_the_page_counts_what_others_ask(server: Server) -> None:
-    with opened(server.url) as (page, troubles):
+def test_the_page_shows_the_rate_of_all_requests(server: Server) -> None:
+    with open_page(server.url) as (page, problems):
         expect(page.locator("#rate")).not_to_have_text("–")
         expect(page.locator("#state")).to_have_text("ready")
-        server.predict(v1_request(CAT))
+        server.predict(make_v1_request(CAT))
 
         expect(page.locator("#rate")).not_to_have_text("0.0")
-        assert troubles == []
+        assert problems == []
 
 
 @needs_browser
-def test_of_several_models_each_is_asked_in_its_own_way(several: Server) -> None:
-    with opened(several.url) as (page, troubles):
+def test_each_of_several_models_has_its_own_form(several: Server) -> None:
+    with open_page(several.url) as (page, problems):
         expect(page.get_by_role("tab", name="Python, gRPC")).to_be_hidden()
         page.get_by_label("Model", exact=True).select_option("words")
         page.get_by_label("The body of a V1 request").fill('{"instances": ["a", "b"]}')
@@ -215,16 +219,16 @@ def test_of_several_models_each_is_asked_in_its_own_way(several: Server) -> None
         code = page.locator("#code").inner_text()
         assert json.loads(subprocess.check_output(["bash", "-c", code], timeout=60)) == {"predictions": ["a", "b"]}
         page.get_by_label("Model", exact=True).select_option("pictures")
-        give(page, "drop")
-        assert len(found(page)) == 5
-        assert troubles == []
+        give_file(page, "drop")
+        assert len(read_classes(page)) == 5
+        assert problems == []
 
 
 @needs_browser
-def test_where_a_key_is_needed_the_page_asks_for_it(model_dir: Path, tmp_path: Path) -> None:
+def test_the_page_requests_a_key_when_the_server_needs_it(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("secret\n")
     flags = (f"--model_dir={model_dir}", f"--api_key_file={tmp_path / 'keys'}")
-    with running(*flags) as server, opened(server.url) as (page, _):
+    with run_server(*flags) as server, open_page(server.url) as (page, _):
         expect(page.locator("#problem")).to_have_text("Give the server's API key above.")
         page.get_by_label("This server wants an API key").fill("guess")
         page.keyboard.press("Enter")
@@ -232,21 +236,21 @@ def test_where_a_key_is_needed_the_page_asks_for_it(model_dir: Path, tmp_path: P
         page.get_by_label("This server wants an API key").fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#facts")).to_contain_text("alexnet")
-        give(page, "choose")
+        give_file(page, "choose")
 
-        assert len(found(page)) == 5
+        assert len(read_classes(page)) == 5
         assert "$API_KEY" in page.locator("#code").inner_text()
 
 
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width_pixels", [375, 1280])
-def test_everybody_can_use_the_page(width_pixels: int, dark: bool, server: Server) -> None:
-    """As far as axe can tell; and nothing is wider than the window."""
-    with opened(server.url, width_pixels, dark) as (page, _):
+def test_the_page_is_accessible_and_fits_the_window(width_pixels: int, dark: bool, server: Server) -> None:
+    """axe finds no violation, and nothing is wider than the window."""
+    with open_page(server.url, width_pixels, dark) as (page, _):
         expect(page.locator("#facts")).not_to_be_empty()
-        give(page, "choose")
-        found(page)
+        give_file(page, "choose")
+        read_classes(page)
 
         result = Axe().run(page)
         assert result.violations_count == 0, result.generate_report()

@@ -1,4 +1,4 @@
-"""Clients that ask for the same prediction again and again, and know an answer, a refusal and half an answer apart."""
+"""Clients that send the same prediction again and again, and tell an answer, a refusal and half an answer apart."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ import grpc
 import grpc.aio
 import httpx
 
-from tests.servers import Server
-from tests.test_grpc import image_request
+from tests.support.clients import INFER, PREDICT, make_image_request
+from tests.support.servers import Server
 
-PATH = "/v1/models/custom-model:predict"
-# grpc's core cancels what has come in the millisecond before it closes, and that nobody was handed.
+# In the last millisecond before it closes, grpc's core cancels calls that no handler has received.
 REFUSALS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
 class Refused(Exception):
-    """Nothing of an answer came: the request was not taken."""
+    """The server did not accept the request: no part of an answer came."""
 
 
 class Caller(ABC):
-    """Over one connection, which its first call makes."""
+    """A client with one connection, which its first call opens."""
 
     @abstractmethod
-    async def ask(self) -> list[float]:
-        """The five highest logits. Raises Refused, and AssertionError for half an answer or a wrong one."""
+    async def predict(self) -> list[float]:
+        """Return the five highest logits. Raises Refused, and AssertionError for half an answer or a wrong one."""
 
     @abstractmethod
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close the connection."""
 
 
 class KeepAlive(Caller):
-    """HTTP/1.1, a request after the other, byte by byte: what libraries would repeat unseen is seen here."""
+    """HTTP/1.1, one request after another, written byte by byte: HTTP libraries would silently retry some failures."""
 
     def __init__(self, server: Server, body: bytes) -> None:
         self._address = ("127.0.0.1", server.http_port)
-        self._request = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (PATH.encode(), len(body)) + body
+        head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (PREDICT.encode(), len(body))
+        self._request = head + body
         self._writer: asyncio.StreamWriter | None = None
 
-    async def ask(self) -> list[float]:
+    async def predict(self) -> list[float]:
         try:
             if self._writer is None:
                 self._reader, self._writer = await asyncio.open_connection(*self._address)
@@ -55,13 +55,13 @@ class KeepAlive(Caller):
             raise Refused from error
         if not status:
             raise Refused
-        return await self._answer(status)
+        return await self._read_answer(status)
 
     async def close(self) -> None:
         if self._writer:
             self._writer.close()
 
-    async def _answer(self, status: bytes) -> list[float]:
+    async def _read_answer(self, status: bytes) -> list[float]:
         assert status.startswith(b"HTTP/1.1 200 "), status
         length, closes = 0, False
         while (line := (await self._reader.readline()).lower()) != b"\r\n":
@@ -78,15 +78,15 @@ class KeepAlive(Caller):
 
 
 class Http2(Caller):
-    """HTTP/2 without TLS, by httpx, which repeats nothing."""
+    """HTTP/2 without TLS. httpx does not retry."""
 
     def __init__(self, server: Server, body: bytes) -> None:
         self._client = httpx.AsyncClient(base_url=server.url, http1=False, http2=True, timeout=60)
         self._body = body
 
-    async def ask(self) -> list[float]:
+    async def predict(self) -> list[float]:
         try:
-            response = await self._client.post(PATH, content=self._body)
+            response = await self._client.post(PREDICT, content=self._body)
         except httpx.TransportError as error:
             raise Refused from error
         assert response.status_code == 200, response.text
@@ -103,9 +103,9 @@ class Grpc(Caller):
     def __init__(self, port: int, google: ModuleType, picture: bytes) -> None:
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
         self._call: Any = self._channel.unary_unary(INFER, response_deserializer=google.ModelInferResponse.FromString)
-        self._message = image_request(google, picture).SerializeToString()
+        self._message = make_image_request(google, picture).SerializeToString()
 
-    async def ask(self) -> list[float]:
+    async def predict(self) -> list[float]:
         try:
             response = await self._call(self._message, timeout=60)
         except grpc.aio.AioRpcError as error:

@@ -1,4 +1,4 @@
-"""Predictors that are no image classifiers: real ones, served with --predictor by the tests."""
+"""Predictors that the tests serve with --predictor. None is an image classifier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pinnace.tensors import Tensor, TensorSpec
 
 
 class Echo(Predictor):
-    """Answers with the tensor that it got, whatever it is."""
+    """Answers every request with its own input tensor."""
 
     def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array}
@@ -36,7 +36,10 @@ class Echo(Predictor):
 
 
 class Gated(Echo):
-    """An instance is the name of a FIFO in model_dir: the request waits there until somebody has written to it."""
+    """Holds each request in `preprocess`, at a gate: the FIFO in model_dir whose name is the instance.
+
+    The request waits while a test has the FIFO open for writing, and continues when the test closes it.
+    """
 
     def preprocess(self, request: Request) -> Arrays:
         assert self.model_dir
@@ -45,7 +48,7 @@ class Gated(Echo):
 
 
 class GatedPredict(Gated):
-    """The same, on the one thread that predicts."""
+    """Holds each request in `predict`, which runs on one thread."""
 
     def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array}
@@ -57,54 +60,58 @@ class GatedPredict(Gated):
 
 
 class Failing(Echo):
-    """An instance is the name of an exception: one of the error table, or one of Python's own, to raise."""
+    """Raises the exception that the instance names: one of pinnace.errors, or one of Python's own."""
 
     def preprocess(self, request: Request) -> Arrays:
         name = request.input.array.flat[0].decode()
-        kind = getattr(errors, name, None) or getattr(__import__("builtins"), name)
-        has_own_text = issubclass(kind, errors.ServingError) and not signature(kind).parameters
-        raise kind() if has_own_text else kind("the secret of the text")
+        error_class = getattr(errors, name, None) or getattr(__import__("builtins"), name)
+        has_own_text = issubclass(error_class, errors.ServingError) and not signature(error_class).parameters
+        raise error_class() if has_own_text else error_class("the secret of the text")
 
 
-class Ending(Echo):
-    """An instance is the name of the handler that calls sys.exit."""
+class Exiting(Echo):
+    """Calls sys.exit in the handler that the instance names."""
 
     def preprocess(self, request: Request) -> Arrays:
-        self._end("preprocess", request.input.array)
+        self._exit_in("preprocess", request.input.array)
         return super().preprocess(request)
 
     def predict(self, rows: Arrays) -> Arrays:
-        self._end("predict", rows["rows"])
+        self._exit_in("predict", rows["rows"])
         return rows
 
     def postprocess(self, predictions: Arrays, request: Request) -> Response:
-        self._end("postprocess", predictions["rows"])
+        self._exit_in("postprocess", predictions["rows"])
         return super().postprocess(predictions, request)
 
-    def _end(self, handler: str, rows: NDArray[Any]) -> None:
+    def _exit_in(self, handler: str, rows: NDArray[Any]) -> None:
         if rows.flat[0] == handler.encode():
             sys.exit(1)
 
 
-class Unloadable(Echo):
+class FailingLoad(Echo):
+    """Cannot be loaded."""
+
     def load(self) -> None:
         raise RuntimeError("no such table: weights")
 
 
-class Threaded(Echo):
-    """Has a thread that never ends, and that an interpreter would wait for."""
+class WithThread(Echo):
+    """Starts a thread that never ends. It is no daemon, so that the interpreter would wait for it."""
 
     def load(self) -> None:
         threading.Thread(target=threading.Event().wait).start()
 
 
-class EndingLoad(Echo):
+class ExitingLoad(Echo):
+    """Calls sys.exit while it is loaded."""
+
     def load(self) -> None:
         sys.exit("no weights")
 
 
 class GatedLoad(Echo):
-    """Loads for as long as nobody writes to the FIFO named gate."""
+    """Holds its load at the FIFO `gate` in model_dir, until a test has opened it for writing and closed it."""
 
     def load(self) -> None:
         assert self.model_dir
@@ -112,7 +119,7 @@ class GatedLoad(Echo):
 
 
 class FromFile(Echo):
-    """Answers every instance with the text of the file `model` in model_dir, as it was when it was loaded."""
+    """Answers every instance with the text that the file `model` in model_dir had at load time."""
 
     def load(self) -> None:
         assert self.model_dir
@@ -122,8 +129,11 @@ class FromFile(Echo):
         return {"rows": np.full(len(rows["rows"]), self.text, object)}
 
 
-class Knotted(Echo):
-    """Refers to itself, and leaves a file `freed` in model_dir. Answers how many objects a full collection looks at."""
+class SelfReferencing(Echo):
+    """Answers with the number of objects that a full garbage collection examines.
+
+    It refers to itself, so that only a collection frees it. When freed, it writes the file `freed` to model_dir.
+    """
 
     def load(self) -> None:
         self.itself = self
@@ -137,7 +147,7 @@ class Knotted(Echo):
 
 
 class ProcessId(FromFile):
-    """Answers every instance with the number of the process that it reached; the first that is 1 stops it before."""
+    """Answers every instance with the process id. At the first instance 1, the process stops itself with SIGSTOP."""
 
     has_stopped = False
 
@@ -149,7 +159,7 @@ class ProcessId(FromFile):
 
 
 class Forking(ProcessId):
-    """Has a process of its own, which outlives it and leaves its number as the name of a file in model_dir."""
+    """Forks a process that outlives it, and names a file in model_dir after the id of that process."""
 
     def load(self) -> None:
         super().load()
@@ -161,7 +171,10 @@ class Forking(ProcessId):
 
 
 class BatchSize(Echo):
-    """Answers every row with how many ran together; one that begins with a slash is a FIFO to wait at, "fail" fails."""
+    """Answers every row with the number of rows in its batch.
+
+    A row that begins with a slash is the path of a gate that holds the run. The row "fail" makes the run fail.
+    """
 
     def predict(self, rows: Arrays) -> Arrays:
         for row in rows["rows"].flat:
@@ -173,15 +186,15 @@ class BatchSize(Echo):
 
 
 class Slow(BatchSize):
-    """A row takes as many seconds as it says."""
+    """Takes as many seconds per row as the row says."""
 
     def predict(self, rows: Arrays) -> Arrays:
         time.sleep(sum(float(row) for row in rows["rows"].flat if not row.startswith(b"/")))
         return super().predict(rows)
 
 
-class EveryCore(BatchSize):
-    """The same, with runs that take every core; one that begins with an @ is a FIFO to wait at while decoding."""
+class AllCores(BatchSize):
+    """A BatchSize whose runs use all cores. A row that begins with @ is the path of a gate that holds the decoding."""
 
     uses_all_cores = True
 
@@ -193,8 +206,8 @@ class EveryCore(BatchSize):
         return rows
 
 
-class Deadly(Echo):
-    """A row that is 0 ends the process, as the kernel does where memory runs out."""
+class KillsItself(Echo):
+    """Ends its process at the row 0, as the kernel does when memory runs out."""
 
     def predict(self, rows: Arrays) -> Arrays:
         if 0 in rows["rows"]:
@@ -202,8 +215,8 @@ class Deadly(Echo):
         return rows
 
 
-class Lists(BatchSize):
-    """Gives rows that are no array yet, and outputs that can be gone through once."""
+class ListRows(BatchSize):
+    """Returns rows as a list instead of an array, and outputs as a generator instead of a list."""
 
     def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array.tolist()}
@@ -212,34 +225,34 @@ class Lists(BatchSize):
         return Response(tensor for tensor in super().postprocess(predictions, request).outputs)  # type: ignore[arg-type]
 
 
-class Added(Echo):
-    """Of two inputs."""
+class Sum(Echo):
+    """Answers with the sum of its two inputs."""
 
-    inputs = (TensorSpec("one", "INT64", (-1,)), TensorSpec("other", "INT64", (-1,)))
+    inputs = (TensorSpec("left", "INT64", (-1,)), TensorSpec("right", "INT64", (-1,)))
 
     def preprocess(self, request: Request) -> Arrays:
         return {tensor.name: tensor.array for tensor in request.inputs}
 
     def predict(self, rows: Arrays) -> Arrays:
-        return {"rows": rows["one"] + rows["other"]}
+        return {"rows": rows["left"] + rows["right"]}
 
 
-class NoRows(Echo):
-    """Loses them all."""
+class LosesAllRows(Echo):
+    """Returns no rows from `preprocess`."""
 
     def preprocess(self, request: Request) -> Arrays:
         return {"rows": request.input.array[:0]}
 
 
-class TooFew(Echo):
-    """Loses a row."""
+class LosesRow(Echo):
+    """Returns one row too few from `predict`."""
 
     def predict(self, rows: Arrays) -> Arrays:
         return {"rows": rows["rows"][1:]}
 
 
 class ConfiguresLogging(Echo):
-    """Brings a configuration of logging of its own, as the tutorial's model does in its main."""
+    """Configures logging itself, as the tutorial's model does in its main function."""
 
     def load(self) -> None:
         configure(json.loads(os.environ["TEST_LOGGING"]))

@@ -1,4 +1,4 @@
-"""pinnace/rest_guard.py: bodies that are too large, never end, or that nobody reads."""
+"""pinnace/http/limits.py: bodies that are too large, too slow or not read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.pictures import CAT, v1_request
-from tests.servers import Server, read_until, running
+from tests.support.clients import make_v1_request
+from tests.support.pictures import CAT
+from tests.support.servers import Server, read_until, run_server
 
 LIMIT = 8 * 1024 * 1024
 
@@ -33,7 +34,7 @@ def large_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("transfer", ["Content-Length", "Transfer-Encoding: chunked"])
-def test_a_body_over_the_limit_is_413_however_it_is_sent(transfer: str, server: Server, large_file: Path) -> None:
+def test_a_body_over_the_limit_is_413_with_a_length_or_chunked(transfer: str, server: Server, large_file: Path) -> None:
     header = ["-H", transfer] if ":" in transfer else []
     url = f"{server.url}/v1/models/custom-model:predict"
     done = subprocess.run(
@@ -46,7 +47,7 @@ def test_a_body_over_the_limit_is_413_however_it_is_sent(transfer: str, server: 
     assert done.stdout == f'{{"error":"the body exceeds max_body_bytes ({LIMIT})"}} 413'
 
 
-def test_a_body_of_just_the_limit_is_read(server: Server) -> None:
+def test_a_body_of_exactly_the_limit_is_read(server: Server) -> None:
     body = b'{"instances": [' + b" " * (LIMIT - 17) + b"]}"
 
     response = server.predict(body)
@@ -55,7 +56,7 @@ def test_a_body_of_just_the_limit_is_read(server: Server) -> None:
     assert response.json() == {"error": '"instances" is empty'}
 
 
-def test_a_declared_length_over_the_limit_is_answered_before_the_body_comes(server: Server) -> None:
+def test_a_declared_length_over_the_limit_is_answered_before_the_body_arrives(server: Server) -> None:
     with server.connect() as connection:
         connection.sendall(DECLARED_TOO_LARGE)
         answer = read_until(connection, b'{"error":"the body exceeds max_body_bytes (8388608)"}')
@@ -70,7 +71,7 @@ def test_an_error_reaches_a_client_that_sends_its_whole_body_first(server: Serve
         assert response.json().keys() == {"error"}
 
 
-def test_an_error_before_the_body_spares_the_other_requests_of_an_http_2_connection(server: Server) -> None:
+def test_an_error_before_the_body_does_not_affect_other_requests_of_an_http_2_connection(server: Server) -> None:
     with httpx.Client(base_url=server.url, http1=False, http2=True, timeout=30) as client:
         client.get("/")
         for path, body in (("/v1/models/nope:predict", bytes(3_000_000)), ("/v1/models", bytes(LIMIT + 1))) * 3:
@@ -89,9 +90,9 @@ def test_an_absurd_length_is_refused(length: bytes, server: Server) -> None:
     assert status in (b"400", b"413")
 
 
-def test_bodies_that_nobody_reads_leave_no_connection_behind(server: Server) -> None:
+def test_unread_bodies_leave_no_connection_open(server: Server) -> None:
     server.get("/")
-    before = server.descriptors()
+    before = server.count_descriptors()
 
     for _ in range(20):
         server.post("/v1/models/nope:predict", bytes(3_000_000))
@@ -103,16 +104,16 @@ def test_bodies_that_nobody_reads_leave_no_connection_behind(server: Server) -> 
     server.wait_for_descriptors(before)
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(server: Server) -> None:
+def test_a_client_that_disconnects_in_the_middle_of_its_body_is_not_logged_as_an_error(server: Server) -> None:
     seen = len(server.log)
     with server.connect() as connection:
         connection.sendall(HALF_A_BODY)
 
-    assert server.predict(v1_request(CAT)).status_code == 200
+    assert server.predict(make_v1_request(CAT)).status_code == 200
     assert not [line for line in server.log[seen:] if re.search("ERROR|Traceback", line)]
 
 
-def test_requests_that_come_in_a_row_are_answered_in_a_row(server: Server) -> None:
+def test_pipelined_requests_are_answered(server: Server) -> None:
     with server.connect() as connection:
         connection.sendall(PIPELINED)
         answers = b""
@@ -122,8 +123,8 @@ def test_requests_that_come_in_a_row_are_answered_in_a_row(server: Server) -> No
     assert answers.count(b'{"live":true}') == 3
 
 
-def test_a_body_that_comes_too_slowly_is_refused_and_its_connection_closed() -> None:
-    with running("--predictor=tests.predictors:Echo", "--read_timeout_seconds=1") as server:
+def test_a_body_that_arrives_too_slowly_is_refused_and_its_connection_closed() -> None:
+    with run_server("--predictor=tests.support.predictors:Echo", "--read_timeout_seconds=1") as server:
         with server.connect() as connection:
             connection.sendall(HALF_A_BODY)
             answer = read_until(connection, b'(1)"}')
@@ -135,12 +136,12 @@ def test_a_body_that_comes_too_slowly_is_refused_and_its_connection_closed() -> 
 
 
 @pytest.mark.parametrize("http2", [False, True])
-def test_a_head_of_more_than_16_kib_is_431_before_anything_is_done(http2: bool, server: Server) -> None:
+def test_a_request_head_of_more_than_16_kib_is_431(http2: bool, server: Server) -> None:
     with httpx.Client(base_url=server.url, http1=not http2, http2=http2, timeout=30) as client:
         path = "/v1/models/custom-model:predict"
-        large = client.post(path, content=v1_request(CAT), headers={"x-large": "a" * 17_000})
-        long = client.post(f"{path}?{'a' * 17_000}", content=v1_request(CAT))
-        roomy = client.post(path, content=v1_request(CAT), headers={"x-large": "a" * 15_000})
+        large = client.post(path, content=make_v1_request(CAT), headers={"x-large": "a" * 17_000})
+        long = client.post(f"{path}?{'a' * 17_000}", content=make_v1_request(CAT))
+        allowed = client.post(path, content=make_v1_request(CAT), headers={"x-large": "a" * 15_000})
 
-    assert (large.status_code, long.status_code, roomy.status_code) == (431, 431, 200)
+    assert (large.status_code, long.status_code, allowed.status_code) == (431, 431, 200)
     assert large.json() == long.json() == {"error": "the request line and headers exceed 16384 bytes"}
