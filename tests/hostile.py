@@ -52,6 +52,12 @@ def _lying_jpeg(width: int, height: int) -> bytes:
     )
 
 
+def _cleared_gif(width: int, height: int) -> bytes:
+    """A GIF of 44 bytes whose frame is to be cleared before the next one is shown."""
+    control, frame = b"!\xf9\x04\x08\0\0\0\0", struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + control + b"," + frame + b"\x02\x02\x4c\x01\0;"
+
+
 def _tensor(shape: list[int], data: object, datatype: str = "FP32") -> bytes:
     tensor = {"name": "input-0", "datatype": datatype, "shape": shape, "data": data}
     return json.dumps({"inputs": [tensor]}).encode()
@@ -71,6 +77,7 @@ HOSTILE = {
     "a header of 4 gigapixels": Hostile(413, png(65535, 65535), headers=IMAGE),
     "a JPEG that says 4 gigapixels": Hostile(413, _lying_jpeg(65000, 65000), headers=IMAGE),
     "a PNG that says 49 megapixels and has none": Hostile(400, png(7000, 7000), headers=IMAGE),
+    "a GIF that clears 4 gigapixels": Hostile(413, _cleared_gif(65535, 65535), headers=IMAGE),
     "a gigapixel in JSON": Hostile(413, v1_request(_gigapixel()).encode()),
     "a gzip bomb": Hostile(415, gzip.compress(bytes(64 * MIB)), headers={"content-encoding": "gzip"}),
     "JSON nested in lists": Hostile(400, b'{"instances": ' + b"[" * 100_000),

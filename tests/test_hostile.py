@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pinnace.base64_text import from_base64
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.grpc.service import PROBES
-from pinnace.models.image import decode, from_base64, image_bytes
+from pinnace.models.image import decode, image_bytes
 from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES, V1, V2, Hostile
 from tests.pictures import CAT, MODES, v1_request
 from tests.servers import Server, running

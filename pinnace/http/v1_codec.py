@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pinnace.base64_text import from_base64
 from pinnace.errors import InvalidInput
 from pinnace.http import cloudevents
 from pinnace.http.json import dump_json, parse_json
 from pinnace.inference.admission import check_instances
-from pinnace.models.image import from_base64
 from pinnace.predictor import Request, RequestedOutput, Response
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor, tensor_of_lists, tensor_of_values
