@@ -234,8 +234,14 @@ def test_the_containers_health_is_told_over_tls_too(own: Party, authority: Party
         (["--ssl_certfile={own}"], "--ssl_certfile and --ssl_keyfile belong together: give both"),
         (["--ssl_keyfile={key}"], "--ssl_certfile and --ssl_keyfile belong together: give both"),
         (["--ssl_ca_certs={own}"], "--ssl_ca_certs needs --ssl_certfile: certificates are shown over TLS"),
-        (["--ssl_certfile={own}", "--ssl_keyfile={own}"], "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: "),
-        (["--ssl_certfile=/nowhere", "--ssl_keyfile={key}"], "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: "),
+        (
+            ["--ssl_certfile={own}", "--ssl_keyfile={own}"],
+            "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: ",
+        ),
+        (
+            ["--ssl_certfile=/nowhere", "--ssl_keyfile={key}"],
+            "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: ",
+        ),
         (["--api_key_file=/nowhere"], "--api_key_file cannot be read: "),
         (["--api_key_file={empty}"], "--api_key_file: "),
     ],

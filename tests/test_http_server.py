@@ -237,6 +237,6 @@ def test_a_connection_that_fails_fails_alone_and_is_a_line_in_the_log(server: Se
     connection.send_headers(1, pseudo, end_stream=True)
     with server.connect() as socket, server.connect() as other:
         socket.sendall(connection.data_to_send())
-        server.wait_for_line(re.compile(r"a connection ended by UnicodeDecodeError: "))
+        server.wait_for_line(re.compile(r"HTTP connection closed after UnicodeDecodeError: "))
         other.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(other, b'{"status":"alive"}')
