@@ -15,7 +15,7 @@ import pytest
 from tests.servers import PROJECT, Server, running
 
 ECHO = "--predictor=tests.predictors:Echo"
-LIMITS = "at most 128 requests of a model at once, 16 rows in a batch, 8 MiB a body, 60 s an answer"
+LIMITS = "limits: 128 concurrent requests per model, 16 rows per batch, 8 MiB per body, 60 s per request"
 
 
 def check(
@@ -44,7 +44,7 @@ def test_it_says_what_would_be_served_and_by_which_ports(workers: int, model_dir
         [
             "custom-model: architecture alexnet, weights seeded:0, precision fp32, device cpu",
             LIMITS,
-            "it would be served on HTTP port 8080 and gRPC port 8081",
+            "check passed: a start would listen on HTTP port 8080 and gRPC port 8081",
         ],
     )
 
@@ -58,7 +58,7 @@ def test_a_start_says_the_same_once_it_is_ready(model_dir: Path) -> None:
 def test_it_listens_nowhere(server: Server) -> None:
     code, lines, _ = check(ECHO, f"--http_port={server.http_port}", "--enable_grpc=false")
 
-    assert (code, lines[-1]) == (0, f"it would be served on HTTP port {server.http_port}")
+    assert (code, lines[-1]) == (0, f"check passed: a start would listen on HTTP port {server.http_port}")
 
 
 def test_each_of_several_models_must_load(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.pictures import CAT, v1_request
 from tests.servers import PROJECT, Server, gated, read_until, running, start_failing
 
 ECHO = "--predictor=tests.predictors:Echo"
-STOPPING = re.compile(r"stopping: (\d+) requests to answer")
+STOPPING = re.compile(r"stopping: (\d+) requests in flight")
 IMPORTED = re.compile(r"^import time:.*\| +(\S+)$")
 
 
@@ -352,7 +352,7 @@ def test_the_protocol_that_the_platform_names_is_logged() -> None:
     with running(ECHO, environment={**os.environ, "PROTOCOL": "V2"}) as server:
         server.stop()
 
-    assert [line for line in server.log if line.endswith("of which the platform wants v2\n")]
+    assert [line for line in server.log if line.endswith(", protocol v2\n")]
 
 
 def test_settings_are_taken_from_the_environment(model_dir: Path) -> None:

@@ -222,7 +222,7 @@ def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_i
         with held.open("wb"):
             (head,) = below(server.process, "gcs_server")
             os.kill(head, signal.SIGKILL)
-            server.wait_for_line(re.compile("stopping: 1 requests to answer"))
+            server.wait_for_line(re.compile("stopping: 1 requests in flight"))
         assert answer.result().json() == {"predictions": [1]}
         assert server.wait() == 11
     assert server.log[-1].startswith("app.py: Ray's head at ")

@@ -108,7 +108,7 @@ def test_a_killed_worker_is_replaced_and_meanwhile_the_other_answers(two: Server
     killed, other = workers(two)
 
     os.kill(killed, signal.SIGKILL)
-    two.wait_for_line(re.compile(r"worker \d ended, exit code 137: another starts in 0\.5 s"))
+    two.wait_for_line(re.compile(r"worker \d exited with code 137: restarting in 0\.5 s"))
     assert {answered_by(two) for _ in range(10)} == {other}
     assert killed not in workers(two)
 
@@ -118,7 +118,7 @@ def test_a_worker_that_leaves_a_process_behind_is_replaced_as_well(tmp_path: Pat
     with running(TWO, "--predictor=tests.predictors:Forking", f"--model_dir={tmp_path}") as server:
         killed, _ = workers(server)
         os.kill(killed, signal.SIGKILL)
-        server.wait_for_line(re.compile(r"worker \d ended, exit code 137: another starts in 0\.5 s"))
+        server.wait_for_line(re.compile(r"worker \d exited with code 137: restarting in 0\.5 s"))
         assert killed not in workers(server)
         for child in tmp_path.glob("child-*"):
             os.kill(int(child.name.removeprefix("child-")), signal.SIGKILL)
@@ -153,8 +153,8 @@ def test_a_worker_that_cannot_start_again_is_tried_ever_more_slowly(two: Server,
     (tmp_path / "model").rename(tmp_path / "elsewhere")
 
     os.kill(killed, signal.SIGKILL)
-    two.wait_for_line(re.compile(r"worker \d ended, exit code 7: another starts in 1\.0 s"))
-    two.wait_for_line(re.compile(r"worker \d ended, exit code 7: another starts in 2\.0 s"))
+    two.wait_for_line(re.compile(r"worker \d exited with code 7: restarting in 1\.0 s"))
+    two.wait_for_line(re.compile(r"worker \d exited with code 7: restarting in 2\.0 s"))
     assert answering(two) == {other}
 
     (tmp_path / "elsewhere").rename(tmp_path / "model")
