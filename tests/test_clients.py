@@ -139,7 +139,7 @@ def test_a_client_shows_its_key_and_certificate(name: str, model_dir: Path, tmp_
 
     assert (welcome.returncode, len(welcome.stdout.splitlines())) == (0, 6)
     assert (stranger.returncode, len(stranger.stderr.splitlines())) == (1, 1)
-    assert (keyless.returncode, "a key is needed" in keyless.stderr) == (1, True)
+    assert (keyless.returncode, "an API key is required" in keyless.stderr) == (1, True)
 
 
 @BOTH

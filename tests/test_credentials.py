@@ -39,8 +39,8 @@ CLOSED = (
 )
 GRPC_PROBES = ("ServerLive", "ServerReady", "ModelReady")
 GRPC_CLOSED = ("ServerMetadata", "ModelMetadata", "ModelInfer", "RepositoryIndex", "RepositoryModelUnload")
-NO_KEY = "a key is needed: send it as Authorization: Bearer KEY"
-NO_CERTIFICATE = "a client certificate is needed"
+NO_KEY = "an API key is required: send it as 'Authorization: Bearer KEY'"
+NO_CERTIFICATE = "a client certificate is required"
 BODY = '{"instances": [1]}'
 
 
@@ -243,7 +243,7 @@ def test_the_containers_health_is_told_over_tls_too(own: Party, authority: Party
             "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: ",
         ),
         (["--api_key_file=/nowhere"], "--api_key_file cannot be read: "),
-        (["--api_key_file={empty}"], "--api_key_file: "),
+        (["--api_key_file={empty}"], "--api_key_file="),
     ],
 )
 def test_files_that_do_not_fit_stop_the_start(flags: list[str], problem: str, own: Party, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_call_that_is_late_is_answered_so_and_counted(gate: Callable[[str], Pa
             grpc_call(channel, google, "ModelInfer", image_request(google, b"a"))
         assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert error.value.details() == TEXT
-        assert ended(server)["grpc", "late"] == 1
+        assert ended(server)["grpc", "timeout"] == 1
 
 
 def test_what_was_late_is_not_run_and_the_model_goes_on(gate: Callable[[str], Path]) -> None:

@@ -155,7 +155,7 @@ def test_the_texts_of_troubles_are_those_of_the_code() -> None:
     shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
     texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
 
-    texts = texts[: texts.index("a key is needed") + 1]  # the others are other people's
+    texts = texts[: texts.index("an API key is required") + 1]  # the others are other people's
     assert len(texts) > 10
     for text in texts:
         assert text in code, text
@@ -253,7 +253,9 @@ def test_the_error_table_has_every_status_of_the_code() -> None:
 def test_the_exit_codes_are_those_of_the_code() -> None:
     shown = {int(row[0]): row[1] for row in table("and a code of its own:\n\n")}
 
-    meanings = {kind.exit_code: str(kind.__doc__).rstrip(".").lower() for kind in StartupError.__subclasses__()}
+    meanings = {
+        kind.exit_code: str(kind.__doc__).splitlines()[0].rstrip(".").lower() for kind in StartupError.__subclasses__()
+    }
     assert {code: text.lower() for code, text in shown.items() if code} == meanings
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from bench.subject import children, memory_mib
 from pinnace.runtimes.onnx import PREPACKED_WEIGHTS, OnnxSession, write_prepacked_model
-from pinnace.runtimes.shared_weights import VARIABLE, shared_model
+from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV, shared_model
 from tests.pictures import CAT, v1_request
 from tests.servers import READY, Server, is_alive, running, wait_for
 from tests.test_supervisor import TWO
@@ -23,7 +23,7 @@ from tests.test_supervisor import TWO
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where this process finds what it shares, as if it were a worker."""
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(SHARED_WEIGHTS_ENV, str(tmp_path))
     return tmp_path
 
 
@@ -64,7 +64,7 @@ def test_two_workers_hold_the_weights_once_and_answer_as_one_does(
 
 
 def test_a_worker_alone_has_its_weights_for_itself(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(SHARED_WEIGHTS_ENV, raising=False)
 
     assert shared_model(model_dir / "model.onnx", write_prepacked_model) is None
 
@@ -81,7 +81,7 @@ def test_workers_that_start_at_once_prepare_the_weights_once(model_dir: Path, fo
 def test_a_prepared_model_says_of_itself_what_the_original_says(model_dir: Path, folder: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(5, 3, 224, 224)).astype(np.float32)
     shared = OnnxSession(model_dir, "cpu", 1)
-    os.environ.pop(VARIABLE)
+    os.environ.pop(SHARED_WEIGHTS_ENV)
     own = OnnxSession(model_dir, "cpu", 1)
 
     assert shared.metadata == own.metadata
@@ -106,9 +106,9 @@ def test_on_a_full_disk_each_worker_has_its_own_weights_and_says_so_once(
         engine = OnnxSession(model_dir, "cpu", 1)
 
     assert engine.run({"pixels": np.zeros((1, 3, 224, 224), np.float32)})["logits"].shape == (1, 1000)
-    warning, open_dataplane = caplog.messages
-    assert warning.startswith("the workers share no weights, each has its own in memory: ")
-    assert open_dataplane == "model.onnx runs on cpu, 1 threads"
+    warning, loaded = caplog.messages
+    assert warning.startswith("the workers do not share weights, each keeps its own copy in memory: ")
+    assert loaded == "model.onnx runs on cpu, 1 threads"
     assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
