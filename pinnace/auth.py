@@ -1,4 +1,4 @@
-"""Who is answered more than probes: those who show one of the keys, and, where a CA is named, a certificate."""
+"""Authentication: API keys and client certificates. Probes are always public."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pinnace.settings import Settings
 
 
 class Authenticator:
-    """What --api_key_file and --ssl_ca_certs ask of clients; everybody is welcome without them."""
+    """The checks that --api_key_file and --ssl_ca_certs require; without these flags every request passes."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises BadSetting."""
+        """Read the keys. Raises ConfigurationError if --api_key_file cannot be read or is empty."""
         self.requires_client_certificate = settings.ssl_ca_certs is not None
         self._digests: list[bytes] = []
         if settings.api_key_file:
@@ -22,19 +22,24 @@ class Authenticator:
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigurationError(f"--api_key_file cannot be read: {one_line(error)}") from None
             if not keys:
-                raise ConfigurationError(f"--api_key_file: {settings.api_key_file} holds no key")
+                raise ConfigurationError(f"--api_key_file={settings.api_key_file} contains no key")
             self._digests = [_digest(key) for key in keys]
 
     def check(self, authorization: str, has_certificate: bool) -> None:
-        """The header's value, empty where there is none. Raises Unauthenticated."""
+        """Raise Unauthenticated unless the request may pass.
+
+        Args:
+            authorization: The value of the Authorization header; empty if the request has none.
+            has_certificate: Whether the client presented a certificate that --ssl_ca_certs verifies.
+        """
         if self.requires_client_certificate and not has_certificate:
-            raise Unauthenticated("a client certificate is needed")
+            raise Unauthenticated("a client certificate is required")
         scheme, _, key = authorization.partition(" ")
         if self._digests and not (scheme.lower() == "bearer" and self._is_valid_key(key.strip())):
-            raise Unauthenticated("a key is needed: send it as Authorization: Bearer KEY")
+            raise Unauthenticated("an API key is required: send it as 'Authorization: Bearer KEY'")
 
     def _is_valid_key(self, key: str) -> bool:
-        """In a time that depends neither on the key nor on which it equals."""
+        """Compare the key with all known keys, in constant time."""
         digest = _digest(key)
         return any([hmac.compare_digest(digest, known) for known in self._digests])
 

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: the affinity mask and the cgroup quota, not the host's count."""
+"""The number of CPUs that this process may use, from its affinity mask and its cgroup quotas."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """Whole CPUs, at least one; half a CPU of quota is not a thread's worth.
+    """Return the number of whole CPUs that this process may use, at least 1. A fraction of a CPU is not counted.
 
-    Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`), the process's own group and all above it, since the
-    smallest quota on the way up is the one that throttles. `root` stands in for the file system's root.
+    The quotas are those of the process's cgroup and all its parents, in cgroup v2 (`cpu.max`) and v1
+    (`cpu.cfs_quota_us`): the smallest one throttles the process. `root` replaces the root of the file system in tests.
     """
     return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(root)])))
 
@@ -26,7 +26,7 @@ def _quotas(root: Path) -> list[float]:
             mount = mount if mount.exists() else root / "sys/fs/cgroup/cpu"
         else:
             continue
-        # Inside a container the path may be the host's, of which only the mount's own root is to be seen.
+        # Inside a container the path may be the host's, and only the root of the mount exists.
         group = Path(path.lstrip("/"))
         for directory in {mount, *(mount / parent for parent in [group, *group.parents])}:
             quotas += _quota(directory)
@@ -34,13 +34,13 @@ def _quotas(root: Path) -> list[float]:
 
 
 def _quota(directory: Path) -> list[float]:
-    """CPUs that this cgroup may use, as a list of none or one."""
+    """Return the number of CPUs that this cgroup may use; the list is empty if there is no quota."""
     quota, _, period = _read(directory / "cpu.max").partition(" ")
     if not period:
         quota, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
     try:
         return [int(quota) / int(period)] if int(quota) > 0 else []
-    except (ValueError, ZeroDivisionError):  # "max", or no such files
+    except (ValueError, ZeroDivisionError):  # "max", or the files do not exist
         return []
 
 

@@ -1,4 +1,8 @@
-"""Every failure that somebody outside can meet, in two tables: what a client is answered, and how a start ends."""
+"""The error table: every failure that a client or an operator can meet.
+
+A `ServingError` is the response to one request; it has a status for REST and one for gRPC. A `StartupError` ends the
+process; it has an exit code.
+"""
 
 from __future__ import annotations
 
@@ -9,111 +13,120 @@ MAX_TEXT_CHARACTERS = 300
 
 
 class ServingError(Exception):
-    """A failure with an answer for the client.
+    """Base class of the errors that a client gets as its response.
 
-    `str(error)` is the public text: it says what is wrong and where, and never repeats the payload. A class's row of
-    the table are its keywords: `grpc_status` is a name of grpc.StatusCode, `outcome` what the metrics count it as, and
-    `retry` says whether the same request may succeed later: after `retry_after_seconds`, by what is known then.
+    `str(error)` is the text for the client: it says what is wrong and where, and never repeats the payload. Subclasses
+    set the class attributes by keyword arguments in their class statement.
     """
 
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[str] = "INTERNAL"
+    """The name of a grpc.StatusCode."""
     outcome: ClassVar[str] = "failed"
+    """The label under which the metrics count the request."""
     retry: ClassVar[bool] = False
+    """Whether the same request may succeed later."""
     retry_after_seconds: float = 1.0
+    """How long a client should wait before it retries."""
 
     def __init_subclass__(cls, **row: int | str | bool) -> None:
         for name, value in row.items():
             setattr(cls, name, value)
 
     def __init__(self, text: str) -> None:
-        super().__init__(text[:MAX_TEXT_CHARACTERS])  # a name in it may be the client's, and of any length
+        super().__init__(text[:MAX_TEXT_CHARACTERS])  # it may contain a name that the client chose, of any length
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes: the text has been made already."""
+        """Pickle the finished text rather than the arguments of `__init__`, which differ between subclasses."""
         return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
 
 
 class InvalidInput(ServingError, http_status=400, grpc_status="INVALID_ARGUMENT", outcome="invalid"):
-    """The request cannot be answered as it is. Raised by transports, tensors, image and predictors."""
+    """The request is invalid; the text names the field. Raised by the decoders of requests and by predictors."""
 
 
 class Unauthenticated(ServingError, http_status=401, grpc_status="UNAUTHENTICATED", outcome="invalid"):
-    """The client has not shown what lets it in. Raised by credentials."""
+    """The request lacks a valid API key or a client certificate. Raised by auth."""
 
 
 class ModelNotFound(ServingError, http_status=404, grpc_status="NOT_FOUND", outcome="invalid"):
-    """No model of that name is served. Raised by repository."""
+    """No model has the name in the request. Raised by inference.repository."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Model with name {name} does not exist.")
 
 
 class TooLarge(ServingError, http_status=413, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
-    """A limit on sizes is exceeded; the text names the limit. Raised by whoever counts."""
+    """The request exceeds a size limit; the text names the limit. Raised where the size becomes known."""
 
 
 class RequestTimeout(ServingError, http_status=408, grpc_status="DEADLINE_EXCEEDED", outcome="invalid"):
-    """The body, or message, did not come to its end in time. Raised by rest_guard and both gRPC servers."""
+    """The client did not send the whole request in time. Raised by http.limits, http.grpc_bridge and grpc.server."""
 
     def __init__(self, seconds: int) -> None:
-        super().__init__(f"the request did not come within read_timeout_seconds ({seconds})")
+        super().__init__(f"the request was not received within read_timeout_seconds ({seconds})")
 
 
 class HeadersTooLarge(ServingError, http_status=431, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
-    """The request line and its headers are more than is read. Raised by rest_guard."""
+    """The request line and headers exceed their size limit. Returned by http.limits."""
 
-    def __init__(self, most_bytes: int) -> None:
-        super().__init__(f"the request line and headers exceed {most_bytes} bytes")
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the request line and headers exceed {max_bytes} bytes")
 
 
 class UnsupportedMediaType(ServingError, http_status=415, grpc_status="INVALID_ARGUMENT", outcome="invalid"):
-    """The body's content type or encoding is not one that is read. Raised by the REST transports."""
+    """The body's content type or encoding is not supported. Raised by http.request."""
 
 
 class ClientDisconnected(ServingError, http_status=499, grpc_status="CANCELLED", outcome="cancelled"):
-    """The client went before it was answered; nobody hears the answer. Raised by the REST transports."""
+    """The client disconnected before it got its response. Raised by http.request; seen in logs and metrics only."""
 
     def __init__(self) -> None:
-        super().__init__("the client left")
+        super().__init__("the client disconnected")
 
 
 class InternalError(ServingError, http_status=500, grpc_status="INTERNAL", outcome="failed"):
-    """Something of ours, or of the predictor's, is broken: the log has it, the client does not. From logs.public."""
+    """An unexpected exception in the server or a predictor, whose traceback is in the log.
+
+    Returned by observability.logging.to_client_error.
+    """
 
     def __init__(self) -> None:
         super().__init__("Internal server error")
 
 
 class NotSupported(ServingError, http_status=501, grpc_status="UNIMPLEMENTED", outcome="invalid"):
-    """Part of the protocol that this server, or this model, does not have. Raised by transports."""
+    """The server does not support this part of the protocol, or a setting disables it.
+
+    Raised by http and inference.repository.
+    """
 
 
 class ModelNotReady(ServingError, http_status=503, grpc_status="UNAVAILABLE", outcome="rejected", retry=True):
-    """The model exists but would not answer now. Raised by models."""
+    """The model exists but is not loaded, or the server is stopping. Raised by models and inference.repository."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Model with name {name} is not ready.")
 
 
 class DeadlineExceeded(ServingError, http_status=504, grpc_status="DEADLINE_EXCEEDED", outcome="timeout", retry=True):
-    """The answer would come later than --request_timeout_seconds allows. Raised by dataplane."""
+    """The request was not answered within --request_timeout_seconds. Raised by inference.dataplane."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"The request was not answered within request_timeout_seconds ({seconds}); try again.")
 
 
 class ReplicaLost(ServingError, http_status=503, grpc_status="UNAVAILABLE", outcome="rejected", retry=True):
-    """What the model runs on went away with the request in it. Raised by ray_engine."""
+    """The Ray replica that ran the request stopped before it answered. Raised by runtimes.ray_model."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"Model with name {name} lost the replica that was to answer; try again.")
+        super().__init__(f"Model with name {name} lost the replica that ran this request; try again.")
 
 
 class LoadFailed(ServingError, http_status=503, grpc_status="FAILED_PRECONDITION", outcome="failed"):
-    """The model cannot be loaded: the log says why, the client is not told. Raised by repository.
+    """The model that the client asked to load cannot be loaded; the log says why. Raised by inference.repository.
 
-    KServe's client would repeat the load on UNAVAILABLE.
+    The gRPC status is not UNAVAILABLE, because KServe's client would then repeat the load.
     """
 
     def __init__(self, name: str) -> None:
@@ -121,7 +134,7 @@ class LoadFailed(ServingError, http_status=503, grpc_status="FAILED_PRECONDITION
 
 
 class Overloaded(ServingError, http_status=503, grpc_status="UNAVAILABLE", outcome="rejected", retry=True):
-    """As much is under way as is allowed at once. Raised by admission and repository."""
+    """A limit on concurrent work is reached. Raised by inference.admission and inference.repository."""
 
     def __init__(self, limit: str, seconds: float = 1.0) -> None:
         super().__init__(f"The server is at its limit of {limit}; try again.")
@@ -129,12 +142,12 @@ class Overloaded(ServingError, http_status=503, grpc_status="UNAVAILABLE", outco
 
 
 def one_line(text: object) -> str:
-    """An exception, or somebody else's text, for a line of ours: libraries write whole paragraphs."""
+    """Return the text, such as a library's exception, with its whitespace collapsed so that it fits one line."""
     return " ".join(str(text).split())
 
 
 class StartupError(Exception):
-    """The server cannot start, or not go on: `str(error)` is the one line that says what to do."""
+    """Base class of the errors that end the process. `str(error)` is one line that says what to do."""
 
     exit_code: ClassVar[int] = 1
 
@@ -143,40 +156,70 @@ class StartupError(Exception):
 
 
 class ConfigurationError(StartupError, exit_code=2):
-    """A flag is unknown, or it or its environment variable is out of range."""
+    """A flag is unknown, or its value, or that of its environment variable, is invalid.
+
+    Raised by process.flags and by the modules that apply the settings.
+    """
 
 
 class PortInUse(StartupError, exit_code=3):
-    """A port cannot be listened on."""
+    """The server cannot listen on one of its ports.
+
+    Raised by process.sockets and grpc.server.
+    """
 
 
 class ModelFileNotFound(StartupError, exit_code=4):
-    """No model is where it was looked for."""
+    """The model files were not found.
+
+    Raised by runtimes.onnx, models.storage and inference.local_model.
+    """
 
 
 class ModelLoadError(StartupError, exit_code=5):
-    """The model is there and cannot be loaded."""
+    """The model files were found, but the model cannot be loaded.
+
+    Raised by runtimes.onnx and models.classifier.
+    """
 
 
 class DeviceUnavailable(StartupError, exit_code=6):
-    """The device that was demanded cannot be had."""
+    """The device that --device requires is not available.
+
+    Raised by runtimes.onnx.
+    """
 
 
 class PredictorError(StartupError, exit_code=7):
-    """--predictor cannot be imported, or fails to load its model."""
+    """The class that --predictor names cannot be imported, or it failed to load its model.
+
+    Raised by models.loader and inference.local_model.
+    """
 
 
 class RayUnavailable(StartupError, exit_code=10):
-    """--engine=ray, but Ray cannot be had, or cannot run the model."""
+    """Ray is not installed, cannot be started or joined, or cannot run the model.
+
+    Raised by runtimes.ray_model.
+    """
 
 
 class RayHeadLost(StartupError, exit_code=11):
-    """Ray's head went away; what was accepted has been answered."""
+    """The connection to Ray's head was lost; the requests in flight were answered.
+
+    Raised by runtimes.ray_model.
+    """
 
 
 class ShutdownTimeout(StartupError, exit_code=8):
-    """The grace period ended, or a second signal came, before the last accepted request was answered."""
+    """The grace period ended, or a second signal came, before all requests in flight were answered.
+
+    Raised by process.server.
+    """
 
 
 class DownloadError(StartupError, exit_code=9):
-    """The model cannot be downloaded from --storage_uri, or is not what its checksums say."""
+    """The model cannot be downloaded from --storage_uri, or does not match its checksums.
+
+    Raised by models.storage.
+    """

@@ -1,8 +1,9 @@
-"""Memory: one pool of the C library's for all threads, which keeps what they will soon ask for again.
+"""Memory: settings of the C library's allocator (glibc's malloc) and of Python's garbage collector.
 
-By default each thread has a pool of its own, of which little comes back. With batches of 16 images int8 AlexNet took
-281 MiB under load that way, and takes 241 with one; fp32 448 and 410 (measured). What is freed at the end of that one
-the kernel would have at once, to clear it page by page for the next picture: one millisecond of ten (measured).
+By default malloc gives each thread an arena of its own, and little of an arena's memory returns to the system. With
+batches of 16 images, int8 AlexNet took 281 MiB under load with the default and takes 241 MiB with one arena for all
+threads; fp32 AlexNet took 448 MiB and takes 410 MiB (measured). By default malloc also returns freed memory at the end
+of the arena to the kernel at once, which has to clear it page by page for the next image: 1 ms of 10 (measured).
 """
 
 from __future__ import annotations
@@ -10,28 +11,32 @@ from __future__ import annotations
 import ctypes
 import gc
 
-POOLS = (-8, 1)  # these numbers are glibc's, see mallopt(3)
-LARGEST_KEPT_BYTES = (-3, 32 * 1024 * 1024)
-MOST_KEPT_BYTES = (-1, 64 * 1024 * 1024)
+# mallopt(3): glibc's parameter numbers and our values
+M_ARENA_MAX = (-8, 1)
+M_MMAP_THRESHOLD = (-3, 32 * 1024 * 1024)
+M_TRIM_THRESHOLD = (-1, 64 * 1024 * 1024)
 
 
 def limit_malloc_arenas() -> None:
-    """To be called before there are threads. Without effect where the C library is not glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: None)
-    for name, value in (POOLS, LARGEST_KEPT_BYTES, MOST_KEPT_BYTES):
-        mallopt(name, value)
+    """Make all threads share one malloc arena that keeps freed memory for reuse.
+
+    Call it before other threads start. No-op without glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
+    for parameter, value in (M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        mallopt(parameter, value)
 
 
 def trim_malloc() -> None:
-    """To the kernel, what is free: after work that needed more than what comes after it. Without effect likewise."""
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda kept: None)(0)
+    """Return freed heap memory to the kernel (malloc_trim). Call it after a memory peak. No-op without glibc."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad_bytes: None)(0)
 
 
 def collect_and_freeze() -> None:
-    """Free what only garbage refers to, and look through what is left no more: for after a load or an unload.
+    """Collect garbage once, then freeze the survivors so that later collections skip them.
 
-    To look through all that a server has imported and loaded holds up every thread for 20 ms, and was done once a
-    second under load (measured).
+    Call it after loading or unloading a model. Otherwise full collections would scan everything that the server has
+    imported and loaded: under load once per second, and each stops all threads for 20 ms (measured).
     """
     gc.unfreeze()
     gc.collect()

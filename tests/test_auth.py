@@ -38,8 +38,8 @@ CLOSED = (
 )
 GRPC_PROBES = ("ServerLive", "ServerReady", "ModelReady")
 GRPC_CLOSED = ("ServerMetadata", "ModelMetadata", "ModelInfer", "RepositoryIndex", "RepositoryModelUnload")
-NO_KEY = "a key is needed: send it as Authorization: Bearer KEY"
-NO_CERTIFICATE = "a client certificate is needed"
+NO_KEY = "an API key is required: send it as 'Authorization: Bearer KEY'"
+NO_CERTIFICATE = "a client certificate is required"
 BODY = '{"instances": [1]}'
 
 
@@ -234,10 +234,16 @@ def test_the_healthcheck_works_over_tls(own: Identity, authority: Identity) -> N
         (["--ssl_certfile={own}"], "--ssl_certfile and --ssl_keyfile belong together: give both"),
         (["--ssl_keyfile={key}"], "--ssl_certfile and --ssl_keyfile belong together: give both"),
         (["--ssl_ca_certs={own}"], "--ssl_ca_certs needs --ssl_certfile: certificates are shown over TLS"),
-        (["--ssl_certfile={own}", "--ssl_keyfile={own}"], "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: "),
-        (["--ssl_certfile=/nowhere", "--ssl_keyfile={key}"], "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: "),
+        (
+            ["--ssl_certfile={own}", "--ssl_keyfile={own}"],
+            "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: ",
+        ),
+        (
+            ["--ssl_certfile=/nowhere", "--ssl_keyfile={key}"],
+            "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: ",
+        ),
         (["--api_key_file=/nowhere"], "--api_key_file cannot be read: "),
-        (["--api_key_file={empty}"], "--api_key_file: "),
+        (["--api_key_file={empty}"], "--api_key_file="),
     ],
 )
 def test_unusable_certificate_or_key_files_stop_the_start(

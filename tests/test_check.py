@@ -15,7 +15,7 @@ import pytest
 from tests.support.servers import PROJECT, Server, run_server
 
 ECHO = "--predictor=tests.support.predictors:Echo"
-LIMITS = "at most 128 requests of a model at once, 16 rows in a batch, 8 MiB a body, 60 s an answer"
+LIMITS = "limits: 128 concurrent requests per model, 16 rows per batch, 8 MiB per body, 60 s per request"
 
 
 def run_check(
@@ -44,7 +44,7 @@ def test_check_prints_the_models_limits_and_ports(workers: int, model_dir: Path)
         [
             "custom-model: architecture alexnet, weights seeded:0, precision fp32, device cpu",
             LIMITS,
-            "it would be served on HTTP port 8080 and gRPC port 8081",
+            "check passed: a start would listen on HTTP port 8080 and gRPC port 8081",
         ],
     )
 
@@ -58,7 +58,7 @@ def test_a_start_logs_the_same_summary(model_dir: Path) -> None:
 def test_check_opens_no_port(server: Server) -> None:
     code, lines, _ = run_check(ECHO, f"--http_port={server.http_port}", "--enable_grpc=false")
 
-    assert (code, lines[-1]) == (0, f"it would be served on HTTP port {server.http_port}")
+    assert (code, lines[-1]) == (0, f"check passed: a start would listen on HTTP port {server.http_port}")
 
 
 def test_check_fails_if_any_model_does_not_load(tmp_path: Path) -> None:

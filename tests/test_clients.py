@@ -140,7 +140,7 @@ def test_a_client_sends_its_key_and_certificate(name: str, model_dir: Path, tmp_
 
     assert (accepted.returncode, len(accepted.stdout.splitlines())) == (0, 6)
     assert (without_certificate.returncode, len(without_certificate.stderr.splitlines())) == (1, 1)
-    assert (without_key.returncode, "a key is needed" in without_key.stderr) == (1, True)
+    assert (without_key.returncode, "an API key is required" in without_key.stderr) == (1, True)
 
 
 @BOTH_CLIENTS

@@ -223,4 +223,4 @@ def test_a_message_that_arrives_too_slowly_ends_its_call_on_either_port(port: st
         trailers = send_raw_call(server, frame_message(bytes(1000))[:500], end=False, port=getattr(server, port))
 
     assert trailers["grpc-status"] == str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
-    assert trailers["grpc-message"] == "the request did not come within read_timeout_seconds (1)"
+    assert trailers["grpc-message"] == "the request was not received within read_timeout_seconds (1)"

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pinnace.base64_text import from_base64
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.grpc.service import PUBLIC_METHODS
-from pinnace.models.image import decode, from_base64, image_bytes
+from pinnace.models.image import decode, image_bytes
 from tests.support.clients import PREDICT, frame_message, make_v1_request, send_raw_call
 from tests.support.hostile import COMPRESSED_BOMB, HOSTILE_MESSAGES, HOSTILE_REQUESTS, V2_INFER, HostileRequest
 from tests.support.pictures import CAT, MODES

@@ -247,6 +247,6 @@ def test_a_failing_connection_is_logged_and_does_not_affect_others(server: Serve
     connection.send_headers(1, pseudo, end_stream=True)
     with server.connect() as socket, server.connect() as other:
         socket.sendall(connection.data_to_send())
-        server.wait_for_line(re.compile(r"a connection ended by UnicodeDecodeError: "))
+        server.wait_for_line(re.compile(r"HTTP connection closed after UnicodeDecodeError: "))
         other.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(other, b'{"status":"alive"}')

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,10 @@ from model_export.source import Source
 from model_export.vision import torchvision
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.image import Preprocessing, decode, image_bytes
+from tests.support.hostile import make_png
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encode_picture
 from tests.support.reference import preprocess_with_torchvision
+from tests.support.servers import PROJECT
 
 MANY_PIXELS = 100_000_000
 
@@ -117,3 +122,61 @@ def test_too_many_pixels_are_refused_from_the_header_alone() -> None:
 
     with pytest.raises(TooLarge, match=r"^an image of 60000 × 60000 exceeds max_image_pixels \(50000000\)$"):
         decode(b"\x89PNG\r\n\x1a\n" + chunks, 50_000_000)
+
+
+def test_pillows_own_limit_stays_on_for_everybody_else() -> None:
+    script = """
+import warnings
+from PIL import Image
+limit = Image.MAX_IMAGE_PIXELS
+from pinnace.models.image import decode
+from tests.support.hostile import make_png
+from tests.support.pictures import CAT
+import io
+decode(CAT, 10**9)
+assert Image.MAX_IMAGE_PIXELS == limit == 89_478_485
+warnings.simplefilter("error")
+for side in (10_000, 14_000):
+    try:
+        Image.open(io.BytesIO(make_png(side, side)))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["DecompressionBombWarning", "DecompressionBombError"]
+
+
+@pytest.mark.parametrize("side", [10_000, 14_000])
+def test_an_image_beyond_pillows_limit_is_judged_by_max_image_pixels_alone(side: int) -> None:
+    with pytest.raises(TooLarge, match=rf"^an image of {side} × {side} exceeds max_image_pixels \(50000000\)$"):
+        decode(make_png(side, side), 50_000_000)
+    with pytest.raises(InvalidInput, match=r"^a truncated, damaged or unsupported image$"):  # it has no pixels
+        decode(make_png(side, side), side * side)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", MODES)
+def test_every_format_is_decoded_and_resized_beyond_pillows_limit(
+    name: str, fast: bool, preprocessing: Preprocessing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow's limit is lowered, since a picture beyond its own takes a gigabyte."""
+    preprocessing = replace(preprocessing, fast=fast)
+    expected = preprocessing(decode(MODES[name], MANY_PIXELS))
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", preprocessing.crop_pixels**2)
+
+    np.testing.assert_array_equal(preprocessing(decode(MODES[name], MANY_PIXELS)), expected)
+
+
+def gif(screen: tuple[int, int], frame: tuple[int, int, int, int], disposal: int) -> bytes:
+    control = b"!\xf9\x04" + bytes([disposal << 2]) + b"\0\0\0\0"
+    return b"GIF89a" + struct.pack("<HHBBB", *screen, 0, 0, 0) + control + b"," + struct.pack("<HHHHB", *frame, 0)
+
+
+@pytest.mark.parametrize("disposal", range(4))
+def test_a_gifs_frame_beyond_its_screen_counts(disposal: int) -> None:
+    data = gif((1, 1), (60_000, 60_000, 40_000, 40_000), disposal) + b"\x02\x02\x4c\x01\0;"
+
+    with pytest.raises(TooLarge, match=r"^an image of 100000 × 100000 exceeds max_image_pixels \(100000000\)$"):
+        decode(data, MANY_PIXELS)

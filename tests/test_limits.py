@@ -131,7 +131,7 @@ def test_a_body_that_arrives_too_slowly_is_refused_and_its_connection_closed() -
             assert connection.recv(65536) == b""
 
         assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b'{"error":"the request did not come within read_timeout_seconds (1)"}' in answer
+        assert b'{"error":"the request was not received within read_timeout_seconds (1)"}' in answer
         assert server.predict('{"instances": [1]}').json() == {"predictions": [1]}
 
 

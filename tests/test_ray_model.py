@@ -233,7 +233,7 @@ def test_the_server_ends_with_its_own_exit_code_after_its_requests_when_the_ray_
         with held.open("wb"):
             (head,) = find_descendants(server.process, "gcs_server")
             os.kill(head, signal.SIGKILL)
-            server.wait_for_line(re.compile("stopping: 1 requests to answer"))
+            server.wait_for_line(re.compile("stopping: 1 requests in flight"))
         assert answer.result().json() == {"predictions": [1]}
         assert server.wait() == 11
     assert server.log[-1].startswith("app.py: Ray's head at ")

@@ -155,7 +155,7 @@ def test_the_error_texts_of_troubleshooting_are_in_the_code() -> None:
     shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
     texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
 
-    texts = texts[: texts.index("a key is needed") + 1]  # the texts after it are not ours
+    texts = texts[: texts.index("an API key is required") + 1]  # the texts after it are not ours
     assert len(texts) > 10
     for text in texts:
         assert text in code, text

@@ -355,7 +355,7 @@ def test_the_protocol_variable_of_the_platform_is_logged() -> None:
     with run_server(ECHO, environment={**os.environ, "PROTOCOL": "V2"}) as server:
         server.stop()
 
-    assert [line for line in server.log if line.endswith("of which the platform wants v2\n")]
+    assert [line for line in server.log if line.endswith(", protocol v2\n")]
 
 
 def test_settings_are_read_from_the_environment(model_dir: Path) -> None:

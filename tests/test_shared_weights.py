@@ -14,7 +14,7 @@ import pytest
 
 from bench.subject import children, memory_mib
 from pinnace.runtimes.onnx import PREPACKED_WEIGHTS, OnnxSession, write_prepacked_model
-from pinnace.runtimes.shared_weights import VARIABLE, shared_model
+from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV, shared_model
 from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT
 from tests.support.servers import READY, TWO_WORKERS, Server, is_alive, run_server
@@ -24,7 +24,7 @@ from tests.support.waiting import wait_for
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a directory for shared weights, and let this process use it as a worker does."""
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(SHARED_WEIGHTS_ENV, str(tmp_path))
     return tmp_path
 
 
@@ -65,7 +65,7 @@ def test_two_workers_share_one_copy_of_the_weights_and_give_the_answers_of_one(
 
 
 def test_a_single_worker_shares_no_weights(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(SHARED_WEIGHTS_ENV, raising=False)
 
     assert shared_model(model_dir / "model.onnx", write_prepacked_model) is None
 
@@ -82,7 +82,7 @@ def test_workers_that_start_together_write_the_weights_once(model_dir: Path, fol
 def test_a_prepacked_model_has_the_metadata_and_logits_of_the_original(model_dir: Path, folder: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(5, 3, 224, 224)).astype(np.float32)
     shared = OnnxSession(model_dir, "cpu", 1)
-    os.environ.pop(VARIABLE)
+    os.environ.pop(SHARED_WEIGHTS_ENV)
     own = OnnxSession(model_dir, "cpu", 1)
 
     assert shared.metadata == own.metadata
@@ -108,7 +108,7 @@ def test_on_a_full_disk_each_worker_has_its_own_weights_and_logs_a_warning(
 
     assert session.run({"pixels": np.zeros((1, 3, 224, 224), np.float32)})["logits"].shape == (1, 1000)
     warning, loaded = caplog.messages
-    assert warning.startswith("the workers share no weights, each has its own in memory: ")
+    assert warning.startswith("the workers do not share weights, each keeps its own copy in memory: ")
     assert loaded == "model.onnx runs on cpu, 1 threads"
     assert [path for path in folder.iterdir() if path.is_dir()] == []
 

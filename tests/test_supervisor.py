@@ -117,7 +117,7 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(two: Server) -> Non
     killed, other = find_workers(two)
 
     os.kill(killed, signal.SIGKILL)
-    two.wait_for_line(re.compile(r"worker \d ended, exit code 137: another starts in 0\.5 s"))
+    two.wait_for_line(re.compile(r"worker \d exited with code 137: restarting in 0\.5 s"))
     assert {get_answering_process(two) for _ in range(10)} == {other}
     assert killed not in find_workers(two)
 
@@ -127,7 +127,7 @@ def test_a_killed_worker_with_a_surviving_child_process_is_replaced(tmp_path: Pa
     with run_server(TWO_WORKERS, "--predictor=tests.support.predictors:Forking", f"--model_dir={tmp_path}") as server:
         killed, _ = find_workers(server)
         os.kill(killed, signal.SIGKILL)
-        server.wait_for_line(re.compile(r"worker \d ended, exit code 137: another starts in 0\.5 s"))
+        server.wait_for_line(re.compile(r"worker \d exited with code 137: restarting in 0\.5 s"))
         assert killed not in find_workers(server)
         for child in tmp_path.glob("child-*"):
             os.kill(int(child.name.removeprefix("child-")), signal.SIGKILL)
@@ -154,8 +154,8 @@ def test_a_worker_that_cannot_start_is_restarted_with_growing_delays(two: Server
     (tmp_path / "model").rename(tmp_path / "elsewhere")
 
     os.kill(killed, signal.SIGKILL)
-    two.wait_for_line(re.compile(r"worker \d ended, exit code 7: another starts in 1\.0 s"))
-    two.wait_for_line(re.compile(r"worker \d ended, exit code 7: another starts in 2\.0 s"))
+    two.wait_for_line(re.compile(r"worker \d exited with code 7: restarting in 1\.0 s"))
+    two.wait_for_line(re.compile(r"worker \d exited with code 7: restarting in 2\.0 s"))
     assert find_answering_processes(two) == {other}
 
     (tmp_path / "elsewhere").rename(tmp_path / "model")

@@ -1,19 +1,27 @@
-"""The connections of the HTTP port: Hypercorn's, bounded in their number, with what its release 0.18 lacks."""
+"""Fixes for Hypercorn 0.18: subclasses that replace its classes once `apply_patches` has been called."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import hypercorn.asyncio.run
+import hypercorn.protocol
+from h2.errors import ErrorCodes
+from h2.events import Event as Http2Event
+from h2.events import RequestReceived
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.events import Event, Updated
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.typing import LifespanState
 from starlette.types import Scope
 
 from pinnace.errors import one_line
+from pinnace.http.connections import ConnectionRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -22,103 +30,78 @@ LAST_REQUEST_SECONDS = 0.1
 REFUSAL = b"HTTP/1.1 503 \r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
+def apply_patches() -> None:
+    """Make Hypercorn use the classes below for every connection that it accepts from now on."""
+    hypercorn.asyncio.run.TCPServer = PatchedTCPServer  # type: ignore[attr-defined]
+    hypercorn.protocol.H2Protocol = PatchedH2Protocol  # type: ignore[attr-defined, assignment]
+
+
 def has_certificate(scope: Scope) -> bool:
-    """Whether the client of a request has shown one that --ssl_ca_certs knows."""
+    """Return whether the request's client presented a certificate that --ssl_ca_certs verifies."""
     return bool(scope.get("state", {}).get(HAS_CERTIFICATE))
 
 
-class Connections:
-    """Who is connected. Of too many, the one that has been without a request longest is closed for the newcomer."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._busy: set[Connection] = set()
-        self._idle: dict[Connection, None] = {}  # the longest idle first
-        self._none = asyncio.Event()
-        self._none.set()
-
-    async def all_gone(self) -> None:
-        await self._none.wait()
-
-    def make_room(self) -> bool:
-        """False where every connection has a request."""
-        if len(self._busy) + len(self._idle) < self._most:
-            return True
-        if not self._idle:
-            return False
-        oldest = next(iter(self._idle))
-        self.forget(oldest)
-        oldest.writer.close()
-        return True
-
-    def idle(self, connection: Connection) -> None:
-        self._none.clear()
-        self._busy.discard(connection)
-        self._idle.setdefault(connection)
-
-    def is_idle(self, connection: Connection) -> bool:
-        return connection in self._idle
-
-    def busy(self, connection: Connection) -> None:
-        self._idle.pop(connection, None)
-        self._busy.add(connection)
-
-    def forget(self, connection: Connection) -> None:
-        self._busy.discard(connection)
-        self._idle.pop(connection, None)
-        if not self._busy and not self._idle:
-            self._none.set()
-
-
 class HttpConfig(Config):
-    connections: Connections
+    """Hypercorn's configuration, the registry of connections, and whether the server is draining."""
+
+    connections: ConnectionRegistry
     draining = False
 
     def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
-        """With every answer; once the server drains, a client of HTTP/1.1 is told to connect anew for its next one."""
+        """Return the headers of every response. While draining, HTTP/1.1 clients are asked to reconnect."""
         closing = [(b"connection", b"close")] if self.draining and protocol == "h11" else []
         return [*super().response_headers(protocol), *closing]
 
 
-class Connection(TCPServer):
-    """Ends when its client has left, and fails alone.
+class PatchedTCPServer(TCPServer):
+    """One connection. Its failure does not affect the others, and it ends when its client disconnects.
 
-    In Hypercorn it waits for the idle timer: every call of a client that closes its connection, as curl does, would
-    hold a descriptor for timeout_keep_alive. Here the timer is stopped, and a last response does not start it again.
-    And an HTTP/2 response waits for ever in its buffer, which nobody empties any more: here the buffers are closed.
+    It fixes these faults of Hypercorn:
 
-    In Hypercorn a request that comes while its idle connection is closed is answered to nobody: at a stop up to 100 of
-    400 (measured). Here those on their way are answered first, and what comes after the close is not taken.
+    - After a client disconnects, Hypercorn waits for the idle timer: every call of a client that closes its connection,
+      as curl does, would hold a file descriptor for timeout_keep_alive. Here the disconnect stops the timer, and a last
+      response does not restart it.
+    - An HTTP/2 response to a client that has disconnected waits forever for its buffer to empty. Here the disconnect
+      closes the buffers.
+    - A request that arrives while Hypercorn closes its idle connection gets no response: at a stop up to 100 of 400
+      (measured). Here requests already sent are answered first, and no request is read after the close.
+    - An exception in a connection would end the server if it is stopping. Here it is logged.
     """
 
     config: HttpConfig
     _client_left = False
 
     async def run(self) -> None:
+        """Serve the connection, or refuse it if all others up to the limit are busy."""
         connections = self.config.connections
-        if not connections.make_room():
+        if not connections.evict_idle():
             self.writer.write(REFUSAL)
             await self._close()
             return
         tls = self.writer.get_extra_info("ssl_object")
         self.state = LifespanState({**self.state, HAS_CERTIFICATE: bool(tls and tls.getpeercert())})
-        connections.idle(self)
+        connections.mark_idle(self)
         try:
             await super().run()
-        except Exception as error:  # it would end the server, were that just stopping
+        except Exception as error:
             leaf: BaseException = error
             while isinstance(leaf, BaseExceptionGroup):
                 leaf = leaf.exceptions[0]
-            logger.warning("a connection ended by %s: %s", type(leaf).__name__, one_line(leaf))
+            logger.warning("HTTP connection closed after %s: %s", type(leaf).__name__, one_line(leaf))
         finally:
             self._client_left = True
-            connections.forget(self)
+            connections.remove(self)
+
+    def disconnect(self) -> None:
+        """Close the socket; no request is in flight."""
+        self.writer.close()
 
     async def protocol_send(self, event: Event) -> None:
+        """Handle an event of the protocol, and keep the registry up to date. Raises ConnectionAbortedError."""
         if isinstance(event, Updated) and not self._client_left:
             if self.writer.is_closing() and not event.idle:
                 raise ConnectionAbortedError
-            (self.config.connections.idle if event.idle else self.config.connections.busy)(self)
+            (self.config.connections.mark_idle if event.idle else self.config.connections.mark_busy)(self)
         await super().protocol_send(event)
 
     async def _read_data(self) -> None:
@@ -137,8 +120,42 @@ class Connection(TCPServer):
         await asyncio.shield(self._initiate_server_close())
 
     async def _initiate_server_close(self) -> None:
-        if self.config.connections.is_idle(self):  # still: the shield lets a request pass
+        if self.config.connections.is_idle(self):  # checked again: a request may have arrived behind the shield
             await super()._initiate_server_close()
 
 
-hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined]
+class PatchedH2Protocol(H2Protocol):
+    """One HTTP/2 connection. The failure of a stream does not affect the others.
+
+    It fixes these faults of Hypercorn:
+
+    - In Hypercorn, data for a request that was refused, or answered before its body was read, raises KeyError and ends
+      the whole connection: https://github.com/pgjones/hypercorn/issues/329. Here such data is dropped.
+    - While stopping, Hypercorn resets new streams with NO_ERROR, as if they had been answered; clients do not retry
+      those. Here the code is REFUSED_STREAM (RFC 9113, section 8.7), which clients may retry.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.streams = _Streams()
+
+    async def _handle_events(self, events: Sequence[Http2Event]) -> None:
+        accepted: list[Http2Event] = []
+        for event in events:
+            if isinstance(event, RequestReceived) and self.context.terminated.is_set():
+                self.connection.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
+            else:
+                accepted.append(event)
+        await super()._handle_events(accepted)
+
+
+class _Streams(dict[int, Any]):
+    """The open streams by id. A closed stream is represented by one that drops its events."""
+
+    def __missing__(self, stream_id: int) -> _ClosedStream:
+        return _ClosedStream()
+
+
+class _ClosedStream:
+    async def handle(self, _: Any) -> None:
+        pass

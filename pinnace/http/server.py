@@ -1,4 +1,4 @@
-"""The HTTP port: Hypercorn on sockets that are bound already."""
+"""The HTTP port: Hypercorn on sockets that are already bound."""
 
 from __future__ import annotations
 
@@ -14,68 +14,82 @@ from hypercorn.typing import Framework
 from starlette.types import ASGIApp
 
 from pinnace.errors import ConfigurationError, one_line
-from pinnace.http import hypercorn_http2 as http2  # noqa: F401 it takes the place of Hypercorn's
-from pinnace.http.hypercorn_patches import Connections, HttpConfig
+from pinnace.http.connections import ConnectionRegistry
+from pinnace.http.hypercorn_patches import HttpConfig, apply_patches
 from pinnace.settings import Settings
 
-BACKLOG = 2048
+LISTEN_BACKLOG = 2048
 MAX_STREAMS = 1000
-NEVER = 10**9
+UNLIMITED = 10**9
 
 
 class HttpServer:
-    """Connects nobody before `listen`. With `shared` sockets it leaves connections to the other processes as well."""
+    """An HTTP server. Connections are accepted from `listen` on; requests are answered from `serve` on.
+
+    With `shared` sockets it also leaves connections for the other processes that listen on them.
+    """
 
     def __init__(self, sockets: Sequence[socket.socket], settings: Settings, shared: bool = False) -> None:
+        """Configure Hypercorn. Raises ConfigurationError if the TLS files cannot be used."""
         self._sockets = sockets
         self._config = HttpConfig()
-        self._config.connections = Connections(settings.max_connections)
+        self._config.connections = ConnectionRegistry(settings.max_connections)
         self._config.keep_alive_timeout = settings.timeout_keep_alive
-        self._config.graceful_timeout = NEVER  # the lifecycle has the deadline
-        self._config.keep_alive_max_requests = NEVER  # at its default every HTTP/2 connection breaks at request 1001
-        self._config.h2_max_concurrent_streams = MAX_STREAMS  # one more, and Hypercorn drops the whole connection
-        # As many as asyncio accepts at a time: where it takes all, one of two workers gets 14 to 16 of 16 (measured).
-        self._config.backlog = 1 if shared else BACKLOG
+        self._config.graceful_timeout = UNLIMITED  # process.server enforces the grace period
+        # With Hypercorn's default of 1000, every HTTP/2 connection breaks at request 1001:
+        # https://github.com/pgjones/hypercorn/issues/241
+        self._config.keep_alive_max_requests = UNLIMITED
+        # One stream more than this, and Hypercorn closes the whole connection:
+        # https://github.com/pgjones/hypercorn/issues/335
+        self._config.h2_max_concurrent_streams = MAX_STREAMS
+        # The backlog is also how many connections asyncio accepts at a time. A worker that accepts all it can takes 14
+        # to 16 of 16 connections from the other worker (measured).
+        self._config.backlog = 1 if shared else LISTEN_BACKLOG
         if settings.ssl_certfile:
-            self._use_tls(settings)
+            self._configure_tls(settings)
         self._config.include_server_header = False
         self._config.errorlog = logging.getLogger("hypercorn.error")
 
-    def _use_tls(self, settings: Settings) -> None:
-        """Raises BadSetting."""
+    def _configure_tls(self, settings: Settings) -> None:
         config = self._config
         config.certfile, config.keyfile = str(settings.ssl_certfile), str(settings.ssl_keyfile)
         config.ssl_handshake_timeout = settings.read_timeout_seconds
         if settings.ssl_ca_certs:
             config.ca_certs = str(settings.ssl_ca_certs)
-            config.verify_mode = ssl.CERT_OPTIONAL  # probes have none: rest_credentials asks the others
+            config.verify_mode = ssl.CERT_OPTIONAL  # probes have no certificate; AuthMiddleware checks the others
         try:
             config.create_ssl_context()
         except OSError as error:
-            raise ConfigurationError(f"--ssl_certfile, --ssl_keyfile or --ssl_ca_certs: {one_line(error)}") from None
+            raise ConfigurationError(
+                f"--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: {one_line(error)}"
+            ) from None
 
     @property
     def port(self) -> int:
+        """Return the port that the first socket is bound to."""
         return cast(int, self._sockets[0].getsockname()[1])
 
     def listen(self) -> None:
+        """Start to accept connections; they wait until `serve` runs."""
         for listener in self._sockets:
-            listener.listen(BACKLOG)
+            listener.listen(LISTEN_BACKLOG)
 
     def drain(self) -> None:
-        """Still takes requests, and tells clients to send their next one elsewhere."""
+        """Keep accepting requests, but ask clients to reconnect for their next one."""
         self._config.draining = True
 
     async def serve(self, app: ASGIApp, stop: asyncio.Event) -> None:
-        """Answers until `stop`, then refuses new connections and answers what is in flight, however long it takes."""
-        kept = [listener.dup() for listener in self._sockets]
+        """Answer requests until `stop` is set. Then refuse new connections and finish all requests in flight."""
+        apply_patches()
+        duplicates = [listener.dup() for listener in self._sockets]
 
-        async def until_stop() -> None:
-            for listener in kept:
-                listener.listen(BACKLOG)  # Hypercorn has just made it config.backlog
+        async def wait_for_stop() -> None:
+            for listener in duplicates:
+                listener.listen(LISTEN_BACKLOG)  # Hypercorn has just lowered the sockets' backlog to config.backlog
                 listener.close()
             await stop.wait()
 
         self._config.bind = [f"fd://{listener.detach()}" for listener in self._sockets]
-        await hypercorn.asyncio.serve(cast(Framework, app), self._config, shutdown_trigger=until_stop, mode="asgi")
-        await self._config.connections.all_gone()  # one accepted at the moment of the close Hypercorn does not wait for
+        await hypercorn.asyncio.serve(cast(Framework, app), self._config, shutdown_trigger=wait_for_stop, mode="asgi")
+        # Hypercorn does not wait for a connection that was accepted while the listener was being closed.
+        await self._config.connections.wait_empty()

@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
+from pinnace.base64_text import from_base64
 from pinnace.errors import InvalidInput, NotSupported
 from pinnace.http import cloudevents
 from pinnace.http.inference import infer
@@ -21,7 +22,6 @@ from pinnace.http.json import dump_json, parse_json
 from pinnace.http.request import check_content_type, is_image
 from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.dataplane import DataPlane
-from pinnace.models.image import from_base64
 from pinnace.predictor import Request, RequestedOutput, Response
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor

@@ -1,7 +1,10 @@
-"""Encoded bytes to normalised pixels, as torchvision's ImageClassification preset makes them on PIL images.
+"""Image decoding and preprocessing: encoded bytes to the pixels of torchvision's ImageClassification preset.
 
-Bit-equal to torchvision for the same picture. Where torchvision's loader would spoil one it differs: 16-bit grey
-keeps its high byte (as torchvision.transforms.functional.convert_image_dtype does) instead of being clipped to white.
+The pixels are bit-equal to torchvision's for the same image, with one exception: 16-bit grey images keep their high
+byte (as torchvision.transforms.functional.convert_image_dtype does); torchvision's image loader clips them to white.
+
+Pillow's own limit on image sizes, `PIL.Image.MAX_IMAGE_PIXELS`, is one number for the whole process. It stays as it is
+for `PIL.Image.open` and does not apply here: the `max_pixels` of `decode` is the only limit.
 """
 
 from __future__ import annotations
@@ -11,61 +14,65 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import pybase64
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+from PIL.ImageFile import ImageFile
 
+from pinnace.base64_text import from_base64
 from pinnace.errors import InvalidInput, TooLarge
 
 PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin, TiffImagePlugin)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+PREFIX_BYTES = 16  # Pillow's plugins recognise their format from this many bytes
 
-EXTENT = "extent"  # in info: the size of what is in the picture, whose last row and column may be half filled
+EXTENT = "extent"  # key in `info`: the exact size of the image content, whose last row and column may be half filled
 DAMAGED = "a truncated, damaged or unsupported image"
 
 MAX_RESIZED_PIXELS = 65_536  # of the longer side: an aspect ratio of 1 : 256 for a shorter side of 256
 FILTER_RADIUS = 3  # source pixels, times the scale: the widest of Pillow's filters
-
-Image.MAX_IMAGE_PIXELS = None  # decode() has its own limit, and Pillow's warning would go nowhere
-Image.preinit()
+MAX_GIF_PIXELS = 2 * 65_535  # of one side: a GIF's position and size are 16 bits each
 
 
 def image_bytes(element: bytes) -> bytes:
-    """The encoded image in a BYTES element: raw bytes as they are, else base64 text decoded.
+    """Return the encoded image in a BYTES element: base64 text is decoded, raw bytes are returned unchanged.
 
-    The Open Inference Protocol leaves open which of the two BYTES means, and clients send both. The base64 text of
-    an image that is read here never begins with one of the signatures.
+    The Open Inference Protocol does not say which of the two a BYTES element holds, and clients send both. The base64
+    text of an image in a supported format never begins with one of the signatures.
     """
     if element.startswith(SIGNATURES):
         return element
     try:
         return from_base64(element)
     except InvalidInput:
-        return element  # neither, as decode() will say
-
-
-def from_base64(text: str | bytes) -> bytes:
-    """Strict base64, but for line breaks and blanks. Raises InvalidInput."""
-    try:
-        return pybase64.b64decode(text, validate=True)
-    except ValueError:
-        pass
-    try:
-        packed = "".join(text.split()) if isinstance(text, str) else b"".join(text.split())
-        return pybase64.b64decode(packed, validate=True)
-    except ValueError:
-        raise InvalidInput("not valid base64") from None
+        return element  # decode() raises the error for data that is neither
 
 
 def decode(data: bytes, max_pixels: int, shorter_pixels: int = 0) -> Image.Image:
-    """The first frame as an RGB picture, transparency dropped. Raises InvalidInput and TooLarge.
+    """Decode the first frame to an RGB image and drop transparency.
 
-    A JPEG is decoded to a half, a quarter or an eighth where its shorter side keeps `shorter_pixels` so; never, if 0.
+    Args:
+        data: An encoded image in one of FORMATS.
+        max_pixels: The largest width times height that is decoded.
+        shorter_pixels: Decode a JPEG at a half, a quarter or an eighth of its size if its shorter side stays at least
+            this long. 0 decodes at full size.
+
+    Raises:
+        InvalidInput: `data` is not an image in one of FORMATS, or is damaged.
+        TooLarge: The image has more than `max_pixels` pixels.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # Pillow's readers raise nearly anything on hostile bytes
+        picture = _open(data)
+    except Exception:  # Pillow's plugins raise nearly any exception on hostile bytes
         if data.startswith(SIGNATURES):
             raise InvalidInput(DAMAGED) from None
         raise InvalidInput(f"neither an image ({', '.join(FORMATS)}) nor base64 text of one") from None
@@ -74,30 +81,89 @@ def decode(data: bytes, max_pixels: int, shorter_pixels: int = 0) -> Image.Image
             raise TooLarge(f"an image of {picture.width} × {picture.height} exceeds max_image_pixels ({max_pixels})")
         try:
             if shorter_pixels:
-                share = shorter_pixels / min(picture.size)
-                drafted = picture.draft("RGB", (math.ceil(picture.width * share), math.ceil(picture.height * share)))
+                scale = shorter_pixels / min(picture.size)
+                drafted = picture.draft("RGB", (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
                 if drafted:
                     picture.info[EXTENT] = drafted[1][2:]
-            return _rgb(picture)
+            return _to_rgb(picture)
         except Exception:
             raise InvalidInput(DAMAGED) from None
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _open(data: bytes) -> ImageFile:
+    """Read the header with the format's plugin. Unlike `Image.open`, do not check Pillow's limit on image sizes."""
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept and accept(data[:PREFIX_BYTES]):
+            if name == "WEBP":
+                return WebPImagePlugin.WebPImageFile(_ShortFirstRead(data))
+            return UNGUARDED.get(name, factory)(io.BytesIO(data), "")
+    raise UnidentifiedImageError
+
+
+class _ShortFirstRead(io.BytesIO):
+    """A WebP file that returns no more than 16 bytes from a sized read.
+
+    Pillow's plugin looks for the image's size in its first read and compares it with Pillow's limit. The size is not
+    within the first 16 bytes.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size if size is None or size < 0 else min(size, PREFIX_BYTES))
+
+
+class _UnguardedGif(GifImagePlugin.GifImageFile):
+    """A GIF's first frame, without Pillow's limit on its size."""
+
+    def _seek(self, frame: int, update_image: bool = True) -> None:
+        width, height = self._size
+        # The plugin checks a frame only if it exceeds the screen, whose size a GIF declares separately.
+        self._size = (MAX_GIF_PIXELS, MAX_GIF_PIXELS)
+        super()._seek(frame, update_image)
+        _, _, right, bottom = self.dispose_extent or (0, 0, width, height)
+        self._size = (max(width, right), max(height, bottom))
+
+    @property
+    def disposal_method(self) -> int:
+        """Return 0: how a frame makes way for the next one does not matter for the first.
+
+        The plugin would fill memory of the frame's size while it opens the file: 4 GB for a file of 45 bytes.
+        """
+        return 0
+
+    @disposal_method.setter
+    def disposal_method(self, _: int) -> None:
+        pass
+
+
+class _UnguardedTiff(TiffImagePlugin.TiffImageFile):
+    """A TIFF image without Pillow's limit on its size: the plugin checks it only before it allocates the image."""
+
+    def load_prepare(self) -> None:
+        if self._im is None:
+            self.im = Image.new(self.mode, self._tile_size, None).im
+        super().load_prepare()
+
+
+UNGUARDED = {"GIF": _UnguardedGif, "TIFF": _UnguardedTiff}  # the other plugins check no size
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         high_byte = np.clip(np.asarray(picture).astype(np.int64), 0, 0xFFFF) >> 8
         picture = Image.fromarray(high_byte.astype(np.uint8))
     elif picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes):
-        picture = picture.convert("RGBA")  # the same colours; Pillow warns on the direct way
+        picture = picture.convert("RGBA")  # the same colours; Pillow warns if it converts directly to RGB
     picture.load()
-    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it, 0.1 ms of 5
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # convert() always copies: 0.1 ms of 5
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Resize the shorter side, crop the centre, normalise: the numbers are the model's, not the server's.
+    """The model's preprocessing: resize the shorter side, crop the centre, normalise.
 
-    `interpolation` is the name of a PIL.Image.Resampling; `mean` and `std` are of values in 0..1, one a channel.
+    `interpolation` is the name of a PIL.Image.Resampling. `mean` and `std` apply to values from 0 to 1, one per
+    channel.
     """
 
     resize_pixels: int
@@ -106,11 +172,11 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fast: bool = False
-    """Resize only what the crop keeps: a third faster, and a few pixels differ by a grey level."""
+    """Resize only the part that the crop keeps: a third faster, but a few pixels differ by one grey level."""
 
     def __call__(self, picture: Image.Image) -> NDArray[np.float32]:
-        """An RGB picture to [3, crop_pixels, crop_pixels], normalised."""
-        pixels = np.asarray(self._resized_centre(picture))
+        """Return an RGB image as normalised FP32 pixels of shape [3, crop_pixels, crop_pixels]."""
+        pixels = np.asarray(self._resize_and_crop(picture))
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         planes = np.empty((3, self.crop_pixels, self.crop_pixels), np.float32)
         # Plane by plane, in torchvision's order of operations: 0.12 ms, a seventh of the whole-array expression.
@@ -120,7 +186,7 @@ class Preprocessing:
             plane /= std[channel]
         return planes
 
-    def _resized_centre(self, picture: Image.Image) -> Image.Image:
+    def _resize_and_crop(self, picture: Image.Image) -> Image.Image:
         width, height = picture.info.get(EXTENT, picture.size)
         longer = int(self.resize_pixels * max(width, height) / min(width, height))
         resized = (self.resize_pixels, longer) if width <= height else (longer, self.resize_pixels)
@@ -129,15 +195,19 @@ class Preprocessing:
         resampling = Image.Resampling[self.interpolation]
         if longer <= MAX_RESIZED_PIXELS and not self.fast:
             return picture.resize(resized, resampling).crop(box)
-        # A picture of 1 × 10,000 would grow to 256 × 2,560,000. Pillow's arithmetic is not quite the same this way.
-        x_first, x_last, x_low, x_high = _source(left, left + self.crop_pixels, width / resized[0], picture.width)
-        y_first, y_last, y_low, y_high = _source(top, top + self.crop_pixels, height / resized[1], picture.height)
-        near = picture.crop((x_first, y_first, x_last, y_last))
-        return near.resize((self.crop_pixels, self.crop_pixels), resampling, box=(x_low, y_low, x_high, y_high))
+        # Resize only the crop's source pixels: an image of 1 × 10,000 would grow to 256 × 2,560,000. The results differ
+        # slightly from resizing the whole image, because Pillow's filter weights are rounded differently.
+        x_first, x_last, x_low, x_high = _source_range(left, left + self.crop_pixels, width / resized[0], picture.width)
+        y_first, y_last, y_low, y_high = _source_range(top, top + self.crop_pixels, height / resized[1], picture.height)
+        # Such a resize is an exact crop. Image.crop() would check Pillow's limit on image sizes.
+        source = picture.resize(
+            (x_last - x_first, y_last - y_first), Image.Resampling.NEAREST, box=(x_first, y_first, x_last, y_last)
+        )
+        return source.resize((self.crop_pixels, self.crop_pixels), resampling, box=(x_low, y_low, x_high, y_high))
 
 
-def _source(low: int, high: int, scale: float, size: int) -> tuple[int, int, float, float]:
-    """Where one axis' resized pixels low..high come from: the source pixels to keep, and low..high within those."""
+def _source_range(low: int, high: int, scale: float, size: int) -> tuple[int, int, float, float]:
+    """Return the source pixels that resized pixels low..high of one axis come from, and where low..high lie in them."""
     margin = math.ceil(FILTER_RADIUS * max(1.0, scale))
     first, last = max(0, math.floor(low * scale) - margin), min(size, math.ceil(high * scale) + margin)
     return first, last, low * scale - first, high * scale - first

@@ -1,4 +1,4 @@
-"""`--check`: whether a start with these settings would serve every model, found out without listening."""
+"""`--check`: find out, without listening, whether a start with these settings would serve every model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pinnace.settings import Settings
 
 
 def run(settings: Settings) -> list[str]:
-    """What would be served, a line each. Raises StartError, also for one of several models, which a start only logs.
+    """Load the models and return lines that describe what a start would serve.
 
-    The models of --engine=ray are loaded here, since a deployment would take the place of the one that serves.
+    Raises StartupError, even if only one of several models fails to load; a normal start logs that failure. With
+    --engine=ray the models are loaded in this process, because a deployment would replace the one that is serving.
     """
     loop_factory(settings.event_loop)
-    HttpServer([], settings)  # reads the certificates
+    HttpServer([], settings)  # to read the certificates
     Authenticator(settings)
     with open_dataplane(replace(settings, engine="local"), require_all=True) as dataplane:
-        return [*summary(dataplane.repository, settings), f"it would be served on {_ports(settings)}"]
+        return [*summary(dataplane.repository, settings), f"check passed: a start would listen on {_ports(settings)}"]
 
 
 def _ports(settings: Settings) -> str:

@@ -1,4 +1,4 @@
-"""The life of the process, told top to bottom: bind, load, listen, ready, drain, stop."""
+"""The life of the server process, from top to bottom: bind, load, listen, ready, drain, stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -43,67 +42,80 @@ CANCEL_SECONDS = 0.1
 
 
 def run(settings: Settings) -> None:
-    """Serve until a signal, and answer what was accepted before it. Raises StartError."""
+    """Serve until a stop signal, then answer the requests in flight. Raises StartupError."""
     raise_fd_limit()
     limit_malloc_arenas()
     factory = loop_factory(settings.event_loop)
     supervised = worker_sockets(os.environ)
-    # Bound at once: that a port is in use is known before a model is loaded.
+    # Bound before a model is loaded, so that a port in use is reported at once.
     sockets = supervised.http if supervised else bind_http(settings.host, settings.http_port)
     http = HttpServer(sockets, settings, shared=supervised is not None)
-    credentials = Authenticator(settings)
+    authenticator = Authenticator(settings)
     with open_dataplane(settings) as dataplane, asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_serve(http, dataplane, credentials, settings, supervised))
+        runner.run(_serve(http, dataplane, authenticator, settings, supervised))
 
 
 @contextmanager
 def open_dataplane(settings: Settings, require_all: bool = False) -> Iterator[DataPlane]:
-    """All below the transports, the models loaded, one at least or `every` one. Raises StartError."""
+    """Yield the data plane with its models loaded, and close it at the end.
+
+    Raises StartupError if no model loads, or, with `require_all`, if any model does not.
+    """
     metrics = Metrics()
-    threads = Scheduler(settings.max_asyncio_workers or settings.threads or available_cpus())
-    models = make_models(settings, ModelContext(threads, metrics))
+    scheduler = Scheduler(settings.max_asyncio_workers or settings.threads or available_cpus())
+    models = make_models(settings, ModelContext(scheduler, metrics))
     load(models, require_all)
     repository = Repository(models, metrics, settings.enable_model_repository)
     try:
         yield DataPlane(repository, settings, metrics)
     finally:
-        threads.close()
+        scheduler.close()
         repository.close()
 
 
 async def _serve(
     http: HttpServer,
     dataplane: DataPlane,
-    credentials: Authenticator,
+    authenticator: Authenticator,
     settings: Settings,
     supervised: WorkerSockets | None,
 ) -> None:
+    """Listen, report ready, serve until a stop, drain, and stop. Raises ShutdownTimeout and RayHeadLost."""
     stop, force_exit, stop_accepting = asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    signalled = chain([stop], repeat(force_exit))
+
+    is_signalled = False
+
+    def on_signal() -> None:
+        # Only this process's second signal forces the exit: the supervisor may have set `stop` already, since systemd
+        # signals it and its workers at the same time.
+        nonlocal is_signalled
+        (force_exit if is_signalled else stop).set()
+        is_signalled = True
+
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, lambda: next(signalled).set())
+        loop.add_signal_handler(number, on_signal)
     services = _services(dataplane, settings)
-    grpc = GrpcServer(services, credentials, settings, shared=supervised is not None) if services else None
+    grpc = GrpcServer(services, authenticator, settings, shared=supervised is not None) if services else None
     if grpc:
         await grpc.start()
     http.listen()
     logger.info(
         "ready after %.2f s: model %s, HTTP port %d, %s%s",
-        _age_seconds(),
+        _seconds_since_exec(),
         ", ".join(dataplane.repository.names),
         http.port,
         f"gRPC port {grpc.port}" if grpc else "no gRPC",
-        f", of which the platform wants {settings.protocol}" if settings.protocol else "",
+        f", protocol {settings.protocol}" if settings.protocol else "",
     )
     for line in summary(dataplane.repository, settings):
         logger.info(line)
     if supervised:
-        _report(supervised.supervisor, stop, force_exit)
+        _connect_supervisor(supervised.supervisor, stop, force_exit)
     async with asyncio.TaskGroup() as tasks:
-        watch = tasks.create_task(_watch(dataplane.repository, stop))
+        watcher = tasks.create_task(_watch_models(dataplane.repository, stop))
         listeners = [
-            tasks.create_task(http.serve(make_http_app(dataplane, services, credentials, settings), stop_accepting))
+            tasks.create_task(http.serve(make_http_app(dataplane, services, authenticator, settings), stop_accepting))
         ]
         if grpc:
             listeners.append(tasks.create_task(grpc.serve(stop_accepting)))
@@ -111,36 +123,36 @@ async def _serve(
         deadline = loop.time() + settings.grace_period_seconds
         dataplane.repository.drain()
         http.drain()
-        logger.info("stopping: %d requests to answer", dataplane.in_flight)
+        logger.info("stopping: %d requests in flight", dataplane.in_flight)
         forced = tasks.create_task(force_exit.wait())
         await asyncio.wait({forced}, timeout=settings.drain_delay_seconds)
         stop_accepting.set()
-        finished: set[asyncio.Future[Any]] = {forced, asyncio.gather(*listeners, return_exceptions=True)}
+        finished: asyncio.Future[Any] = asyncio.gather(*listeners, return_exceptions=True)
         left_seconds = max(0.0, deadline - loop.time())
-        await asyncio.wait(finished, timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
-        unanswered = dataplane.in_flight  # counted before the cancellation counts them out
-        await _cancel({*listeners, forced, watch})
-    for number in STOP_SIGNALS:  # the exit code is settled
+        await asyncio.wait({forced, finished}, timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
+        unanswered = dataplane.in_flight  # counted here: cancelling a request takes it out of the count
+        await _cancel({*listeners, forced, watcher})
+    for number in STOP_SIGNALS:  # the exit code is decided: further signals must not change it
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
     if unanswered:
         why = "at a second signal" if force_exit.is_set() else "at the end of --grace_period_seconds"
         raise ShutdownTimeout(f"stopped {why} with {unanswered} requests unanswered")
-    if not watch.cancelled() and (lost := watch.result()):
+    if not watcher.cancelled() and (lost := watcher.result()):
         raise lost
     logger.info("stopped")
 
 
 async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
-    """Until all have ended: Hypercorn takes a first cancellation, where it has not begun to drain, as a wish to."""
+    """Cancel repeatedly until all tasks end: Hypercorn treats the first cancellation as a request to drain."""
     while tasks := {task for task in tasks if not task.done()}:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
 
 
-async def _watch(repository: Repository, stop: asyncio.Event) -> RayHeadLost | None:
-    """Until it is cancelled, or an engine is lost: then all stops."""
+async def _watch_models(repository: Repository, stop: asyncio.Event) -> RayHeadLost | None:
+    """Keep the models' states up to date until cancelled. If Ray's head is lost, set `stop` and return the error."""
     lost = None
     try:
         await repository.watch()
@@ -150,22 +162,22 @@ async def _watch(repository: Repository, stop: asyncio.Event) -> RayHeadLost | N
     return lost
 
 
-def _report(supervisor: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event) -> None:
-    """Say that this worker is ready, and do as it is told; stop as well when nobody is left to tell."""
-    with suppress(BrokenPipeError):  # it is gone already, as is heard at once
+def _connect_supervisor(supervisor: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event) -> None:
+    """Tell the supervisor that this worker is ready, then obey its stop messages; stop if it disappears."""
+    with suppress(BrokenPipeError):  # the supervisor is gone: on_message receives the end of the stream
         supervisor.send(READY)
     loop = asyncio.get_running_loop()
 
-    def told() -> None:
-        said = b""
+    def on_message() -> None:
+        message = b""
         with suppress(ConnectionResetError):
-            said = supervisor.recv(len(STOP))
-        (force_exit if said == FORCE_EXIT else stop).set()
-        if not said:
+            message = supervisor.recv(len(STOP))
+        (force_exit if message == FORCE_EXIT else stop).set()
+        if not message:
             loop.remove_reader(supervisor)
             remove_shared_models()
 
-    loop.add_reader(supervisor, told)
+    loop.add_reader(supervisor, on_message)
 
 
 def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:
@@ -176,7 +188,7 @@ def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:
 
 
 def loop_factory(event_loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """None is asyncio's own. Raises BadSetting."""
+    """Return the factory for --event_loop; None stands for asyncio's default. Raises ConfigurationError."""
     if event_loop != "uvloop":
         return None
     try:
@@ -186,7 +198,7 @@ def loop_factory(event_loop: str) -> Callable[[], asyncio.AbstractEventLoop] | N
     return uvloop.new_event_loop
 
 
-def _age_seconds() -> float:
-    """Since this process was started by exec, the interpreter's own start included."""
+def _seconds_since_exec() -> float:
+    """Return the age of this process since its exec, which includes the start of the interpreter."""
     started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Listening sockets: bound here, or handed down from a supervisor to its workers."""
+"""Listening sockets, bound by this process or inherited from the supervisor."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from typing import Any
 
 from pinnace.errors import PortInUse
 
-VARIABLE = "PINNACE_INHERITED_SOCKETS"
-READY, STOP, FORCE_EXIT = b"R", b"S", b"A"  # what is said on the line: the first by the worker, the others to it
-ANYWHERE = ("::", "0.0.0.0")  # noqa: S104 as --host="" says
+SOCKETS_ENV = "PINNACE_INHERITED_SOCKETS"
+# Messages on a control socket: READY comes from the worker, the others from the supervisor.
+READY, STOP, FORCE_EXIT = b"R", b"S", b"A"
+ALL_INTERFACES = ("::", "0.0.0.0")  # noqa: S104 what an empty --host means
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSockets:
-    """What a worker has from its supervisor: a line to it, closed when it is gone, and the sockets of the HTTP port."""
+    """The sockets that a worker inherits: its control socket, closed if the supervisor ends, and the HTTP sockets."""
 
     supervisor: socket.socket
     http: Sequence[socket.socket]
 
 
 def raise_fd_limit() -> None:
-    """As many connections and files as the system lets this process have; a shell's default is 1,024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Raise the limit on open files and sockets to the highest allowed; the default of most shells is 1,024."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def worker_sockets(environment: Mapping[str, str]) -> WorkerSockets | None:
-    """None in a process that no supervisor has started."""
-    if VARIABLE not in environment:
+    """Return the sockets inherited from the supervisor; None in a process that no supervisor started."""
+    if SOCKETS_ENV not in environment:
         return None
-    line, *http = (socket.socket(fileno=int(number)) for number in environment[VARIABLE].split(","))
-    return WorkerSockets(line, http)
+    supervisor, *http = (socket.socket(fileno=int(number)) for number in environment[SOCKETS_ENV].split(","))
+    return WorkerSockets(supervisor, http)
 
 
 def bind_http(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of `host`; for none, one for IPv4 and one for IPv6, so far as the machine has them.
+    """Bind a socket to each address of `host`; an empty host means all IPv4 and IPv6 interfaces of the machine.
 
-    Bound, they keep the port; nobody is connected before they listen. Raises PortInUse.
+    The bound sockets reserve the port; connections are refused until they listen. Raises PortInUse.
     """
     sockets: list[socket.socket] = []
     try:
         addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in sorted(addresses):  # IPv4 first: the port that 0 becomes is then IPv6's, too
-            taken = port or (sockets[0].getsockname()[1] if sockets else 0)
+        for family, _, _, _, address in sorted(addresses):  # IPv4 first; for port 0, IPv6 takes IPv4's port
+            chosen_port = port or (sockets[0].getsockname()[1] if sockets else 0)
             try:
-                sockets.append(_bound(family, (address[0], taken, *address[2:])))
+                sockets.append(_bind(family, (address[0], chosen_port, *address[2:])))
             except OSError as error:
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
@@ -65,28 +66,31 @@ def bind_http(host: str, port: int) -> list[socket.socket]:
 
 
 def reserve_grpc(host: str, port: int) -> socket.socket:
-    """Keeps a port that workers share, each with a socket of its own; never listens itself. Raises PortInUse."""
-    for address in [host] if host else ANYWHERE:
+    """Reserve a port for the workers, which each bind a socket of their own to it; never listen on it.
+
+    Raises PortInUse.
+    """
+    for address in [host] if host else ALL_INTERFACES:
         try:
-            family, _, _, _, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-            alone = _bound(family, found, dual=True)  # where somebody shares the port already, this fails
-            taken = alone.getsockname()
-            alone.close()
-            return _bound(family, taken, dual=True, shared=True)
+            family, _, _, _, resolved = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            exclusive = _bind(family, resolved, dual_stack=True)  # fails if another process already shares the port
+            bound = exclusive.getsockname()
+            exclusive.close()
+            return _bind(family, bound, dual_stack=True, shared=True)
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 break
     raise PortInUse(f"gRPC cannot listen on port {port}: choose another with --grpc_port")
 
 
-def _bound(family: int, address: tuple[Any, ...], dual: bool = False, shared: bool = False) -> socket.socket:
+def _bind(family: int, address: tuple[Any, ...], dual_stack: bool = False, shared: bool = False) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual_stack)
         listener.bind(address)
     except OSError:
         listener.close()

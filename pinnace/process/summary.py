@@ -1,4 +1,4 @@
-"""What is served, in a few lines for people: said at every start, and by --check."""
+"""A summary of what is served, for people. It is logged at every start and printed by --check."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pinnace.settings import MIB, Settings
 
 
 def summary(models: Iterable[Model], settings: Settings) -> list[str]:
-    """A line a model, then the limits that people meet first."""
+    """Return one line per model, then one with the limits that clients reach first."""
     return [
-        *(f"{model.name}: {_facts(model)}" for model in models),
-        f"at most {settings.max_concurrent_requests} requests of a model at once, {settings.max_batch_size} rows in a "
-        f"batch, {settings.max_body_bytes / MIB:g} MiB a body, {settings.request_timeout_seconds} s an answer",
+        *(f"{model.name}: {_describe(model)}" for model in models),
+        f"limits: {settings.max_concurrent_requests} concurrent requests per model, {settings.max_batch_size} rows "
+        f"per batch, {settings.max_body_bytes / MIB:g} MiB per body, {settings.request_timeout_seconds} s per request",
     ]
 
 
-def _facts(model: Model) -> str:
+def _describe(model: Model) -> str:
     if not model.is_ready:
-        return "NOT SERVED"
+        return "not loaded"
     metadata = model.metadata
     return ", ".join(f"{name} {value}" for name, value in metadata.properties.items()) or metadata.platform or "ready"

@@ -1,7 +1,7 @@
-"""`--workers N`: N processes of this server on the same two ports, replaced when they die and stopped together.
+"""`--workers N`: N processes of this server on the same ports, restarted when they fail and stopped together.
 
-Hypercorn's own way to several processes drops requests at SIGTERM, ends when one worker dies, and exits 0 after a
-failure (measured with 0.18). Here the workers share one HTTP socket and, by SO_REUSEPORT, the gRPC port.
+The workers share one HTTP socket and, by SO_REUSEPORT, the gRPC port. Hypercorn's own worker processes are not used:
+they drop requests at SIGTERM, all stop when one of them fails, and exit with 0 after a failure (measured with 0.18).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pinnace.cpus import available_cpus
 from pinnace.errors import ShutdownTimeout, one_line
 from pinnace.models.storage import model_of
 from pinnace.observability.metrics import MULTIPROCESS_ENV
-from pinnace.process.sockets import FORCE_EXIT, STOP, VARIABLE, bind_http, reserve_grpc
-from pinnace.runtimes.shared_weights import VARIABLE as SHARED_WEIGHTS
+from pinnace.process.sockets import FORCE_EXIT, SOCKETS_ENV, STOP, bind_http, reserve_grpc
+from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV
 from pinnace.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
-STABLE_SECONDS = 60.0  # a worker that lived as long did not fail at its start
-KILL_SECONDS = 5.0  # beyond the grace period that the workers keep to themselves
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 a private directory is made in it
+STABLE_SECONDS = 60.0  # a worker that ran this long has started successfully, and the backoff is reset
+KILL_SECONDS = 5.0  # after the grace period, which the workers observe themselves
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 files are only created in a private directory below it
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal. The exit code is that of the first worker that failed, else 0. Raises StartError."""
+    """Serve until a stop signal. Return the exit code of the first worker that failed, else 0. Raises StartupError."""
     http = bind_http(settings.host, settings.http_port)
     grpc = reserve_grpc(settings.host, settings.grpc_port) if settings.enable_grpc else None
     flags: dict[str, int | Path] = {
@@ -54,15 +54,18 @@ def run(settings: Settings) -> int:
     in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with (
         tempfile.TemporaryDirectory(prefix="pinnace-metrics-", dir=in_memory) as metrics_dir,
-        tempfile.TemporaryDirectory(prefix="pinnace-weights-", dir=_disk()) as weights_dir,
+        tempfile.TemporaryDirectory(prefix="pinnace-weights-", dir=_weights_directory()) as weights_dir,
     ):
-        shared = {MULTIPROCESS_ENV: metrics_dir, SHARED_WEIGHTS: weights_dir}
-        supervisor = Supervisor(command, http, shared, settings.grace_period_seconds)
+        environment = {MULTIPROCESS_ENV: metrics_dir, SHARED_WEIGHTS_ENV: weights_dir}
+        supervisor = Supervisor(command, http, environment, settings.grace_period_seconds)
         return asyncio.run(supervisor.run(settings.workers))
 
 
-def _disk() -> str:
-    """Where the weights may lie; on a root that is read-only in memory, and if they do not fit, nowhere."""
+def _weights_directory() -> str:
+    """Return the directory for shared weights: the temporary directory, or /dev/shm if nothing else is writable.
+
+    If the weights do not fit there, the workers do not share them.
+    """
     try:
         return tempfile.gettempdir()
     except FileNotFoundError:
@@ -70,43 +73,55 @@ def _disk() -> str:
 
 
 class Supervisor:
-    """Starts workers and waits for them; a worker that ends at its first start, before it is ready, ends them all."""
+    """Starts workers, restarts those that fail, and stops all. If a worker fails before it is ever ready, all stop."""
 
     def __init__(
-        self, command: list[str], http: list[socket.socket], shared: Mapping[str, str], grace_period_seconds: float
+        self,
+        command: list[str],
+        http: list[socket.socket],
+        environment: Mapping[str, str],
+        grace_period_seconds: float,
     ) -> None:
-        """`shared` is what the workers find in their environment, the directory of the metrics among it."""
+        """Prepare to start workers.
+
+        Args:
+            command: The command line of a worker.
+            http: The bound sockets of the HTTP port, which the workers inherit.
+            environment: Additional environment variables of the workers, the metrics directory among them.
+            grace_period_seconds: How long workers take to stop at most.
+        """
         self._command = command
         self._http = http
-        self._shared = shared
+        self._environment = environment
         self._kill_after_seconds = grace_period_seconds + KILL_SECONDS
         self._stop = asyncio.Event()
-        self._workers: dict[asyncio.subprocess.Process, socket.socket] = {}
+        self._control_sockets: dict[asyncio.subprocess.Process, socket.socket] = {}
 
     async def run(self, workers: int) -> int:
+        """Run that many workers until a stop signal. Return the first exit code that is not 0, else 0."""
         for number in STOP_SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         async with asyncio.TaskGroup() as tasks:
-            kept = [tasks.create_task(self._keep(number)) for number in range(1, workers + 1)]
+            slots = [tasks.create_task(self._supervise(number)) for number in range(1, workers + 1)]
         logger.info("stopped, with all workers")
-        return next((task.result() for task in kept if task.result()), 0)
+        return next((task.result() for task in slots if task.result()), 0)
 
-    def _signalled(self) -> None:
-        """The second signal is for the workers as it is for us: they stop at once."""
+    def _on_signal(self) -> None:
+        """Stop the workers; at a second signal, make them exit at once."""
         if self._stop.is_set():
-            for process, line in self._workers.items():
-                _tell(process, line, FORCE_EXIT)
+            for process, control_socket in self._control_sockets.items():
+                _send(process, control_socket, FORCE_EXIT)
         self._stop.set()
 
-    async def _keep(self, number: int) -> int:
-        """One worker after the other, until the stop; the last one's exit code."""
-        pause_seconds, was_ready = MIN_BACKOFF_SECONDS, False
+    async def _supervise(self, number: int) -> int:
+        """Run one worker after the other until the stop. Return the last one's exit code."""
+        backoff_seconds, was_ready = MIN_BACKOFF_SECONDS, False
         while True:
             started_at = time.monotonic()
             try:
-                code, is_ready = await self._one()
+                code, is_ready = await self._run_worker()
                 was_ready |= is_ready
-            except OSError as error:  # no memory, or no process more: for now
+            except OSError as error:  # out of memory or processes, perhaps only for now
                 logger.error("worker %d cannot be started: %s", number, one_line(error))
                 code = 1
             if self._stop.is_set():
@@ -115,79 +130,84 @@ class Supervisor:
                 self._stop.set()
                 return code or 1
             if time.monotonic() - started_at > STABLE_SECONDS:
-                pause_seconds = MIN_BACKOFF_SECONDS
-            logger.error("worker %d ended, exit code %d: another starts in %.1f s", number, code, pause_seconds)
+                backoff_seconds = MIN_BACKOFF_SECONDS
+            logger.error("worker %d exited with code %d: restarting in %.1f s", number, code, backoff_seconds)
             try:
-                await asyncio.wait_for(self._stop.wait(), pause_seconds)
+                await asyncio.wait_for(self._stop.wait(), backoff_seconds)
                 return 0
             except TimeoutError:
-                pause_seconds = min(2 * pause_seconds, MAX_BACKOFF_SECONDS)
+                backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
 
-    async def _one(self) -> tuple[int, bool]:
-        """One worker's exit code, and whether it was ready before. Raises OSError."""
-        process, line = await self._start()
-        with line:
-            self._workers[process] = line
-            code = await self._until_it_ends(process, line)
-            del self._workers[process]
-            # Its counts stay in the metrics; what it had under way does not.
-            mark_process_dead(process.pid, self._shared[MULTIPROCESS_ENV])  # type: ignore[no-untyped-call]
-            return code, _is_ready(line)
+    async def _run_worker(self) -> tuple[int, bool]:
+        """Run a worker until it exits. Return its exit code, and whether it was ready before. Raises OSError."""
+        process, control_socket = await self._start()
+        with control_socket:
+            self._control_sockets[process] = control_socket
+            code = await self._wait_for_exit(process, control_socket)
+            del self._control_sockets[process]
+            # Keeps the worker's counters in the metrics, and removes its gauges, such as the requests in flight.
+            mark_process_dead(process.pid, self._environment[MULTIPROCESS_ENV])  # type: ignore[no-untyped-call]
+            return code, _is_ready(control_socket)
 
     async def _start(self) -> tuple[asyncio.subprocess.Process, socket.socket]:
-        """A worker and the line to it, on which it says when it is ready. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            handed = [theirs.fileno(), *(listener.fileno() for listener in self._http)]
+        """Start a worker. Return it and its control socket, over which it reports that it is ready. Raises OSError."""
+        control_socket, workers_end = socket.socketpair()
+        with workers_end:
+            descriptors = [workers_end.fileno(), *(listener.fileno() for listener in self._http)]
             try:
                 process = await asyncio.create_subprocess_exec(
                     *self._command,
-                    pass_fds=handed,
-                    env={**os.environ, **self._shared, VARIABLE: ",".join(map(str, handed))},
-                    start_new_session=True,  # Ctrl-C is for the supervisor, who tells the workers
+                    pass_fds=descriptors,
+                    env={**os.environ, **self._environment, SOCKETS_ENV: ",".join(map(str, descriptors))},
+                    start_new_session=True,  # Ctrl-C signals only the supervisor, which stops the workers
                 )
             except BaseException:
-                ours.close()
+                control_socket.close()
                 raise
-        ours.setblocking(False)
-        return process, ours
+        control_socket.setblocking(False)
+        return process, control_socket
 
-    async def _until_it_ends(self, process: asyncio.subprocess.Process, line: socket.socket) -> int:
-        """Its exit code, as a shell has it; stopped when the supervisor is, and killed if it does not stop."""
-        ended, stopped = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
-        await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    async def _wait_for_exit(self, process: asyncio.subprocess.Process, control_socket: socket.socket) -> int:
+        """Wait until the worker exits; at the stop, stop it, and kill it if it does not stop in time.
+
+        Returns its exit code as a shell does: 128 plus the signal's number for a worker that a signal ended.
+        """
+        exited, stopped = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
+        await asyncio.wait({exited, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        if not ended.done():
+        if not exited.done():
             for listener in self._http:
                 listener.close()
-            _tell(process, line, STOP)
+            _send(process, control_socket, STOP)
             try:
-                await asyncio.wait_for(asyncio.shield(ended), self._kill_after_seconds)
+                await asyncio.wait_for(asyncio.shield(exited), self._kill_after_seconds)
             except TimeoutError:
-                logger.error("worker of process %d does not stop: killed", process.pid)
+                logger.error("worker process %d did not stop in time: killed", process.pid)
                 process.kill()
-                await ended
+                await exited
                 return ShutdownTimeout.exit_code
-            if ended.result() == -signal.SIGTERM:  # it was only starting
+            if exited.result() == -signal.SIGTERM:  # it was still starting
                 return 0
-        code = ended.result()
+        code = exited.result()
         return 128 - code if code < 0 else code
 
 
-def _tell(process: asyncio.subprocess.Process, line: socket.socket, what: bytes) -> None:
-    """By its line, once it is ready: whoever stops the supervisor may signal the workers as well, as systemd does.
+def _send(process: asyncio.subprocess.Process, control_socket: socket.socket, message: bytes) -> None:
+    """Send a message to a worker over its control socket. A worker that is not ready yet gets SIGTERM instead.
 
-    A signal from here would be the second one then, and cut what is to be answered.
+    systemd signals every process of a service, so a signal from here would be a ready worker's second one and force
+    its exit with requests unanswered.
     """
-    with suppress(OSError):  # it has just ended
-        if _is_ready(line):
-            line.send(what)
+    with suppress(OSError):  # it has just exited
+        if _is_ready(control_socket):
+            control_socket.send(message)
         else:
             process.send_signal(signal.SIGTERM)
 
 
-def _is_ready(line: socket.socket) -> bool:
-    """Whether the worker has said so."""
-    with suppress(OSError):  # it has not; what it has started may hold the line when it has ended
-        return bool(line.recv(1, socket.MSG_PEEK))
+def _is_ready(control_socket: socket.socket) -> bool:
+    """Return whether the worker has reported that it is ready."""
+    # No message may be there although the worker has exited: a process that it started may keep the socket open.
+    with suppress(OSError):
+        return bool(control_socket.recv(1, socket.MSG_PEEK))
     return False

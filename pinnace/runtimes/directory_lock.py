@@ -1,4 +1,4 @@
-"""Directories that several processes may want to make: made by one at a time, and whole or not at all."""
+"""A lock for directories that several processes create: one creates it at a time, completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def exclusive_staging_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `place`, to rename it or its content from; nobody else has one in the meantime.
+    """Yield an empty staging directory next to `target`, holding an exclusive lock.
 
-    Removed at the end, as is what a killed process has left there. Raises OSError.
+    The caller renames the directory, or its content, to `target`. Whatever remains in it is removed at the end, and so
+    is what a killed process left behind. Raises OSError.
     """
     staging = target.with_suffix(".part")
     with target.with_suffix(".lock").open("w") as lock:

@@ -1,8 +1,8 @@
-"""Weights that the workers of one supervisor share: prepared for this CPU once, in a file that all of them map.
+"""Shared weights: the workers of one supervisor map one file with weights that are already prepacked for this CPU.
 
-ONNX Runtime prepares ("prepacks") weights in the memory of each process: two workers took 1.8 times the memory of one.
-From the file they take 1.15 times, and load in 0.3 s; the first makes it in 2.5 s (AlexNet, 457 MiB). Answers are
-the same to the bit.
+ONNX Runtime rearranges ("prepacks") weights in the memory of each process, so that two workers took 1.8 times the
+memory of one. With the shared file they take 1.15 times the memory, and load in 0.3 s; the first worker writes the file
+in 2.5 s (AlexNet, 457 MiB). The answers are bit-equal.
 """
 
 from __future__ import annotations
@@ -19,28 +19,34 @@ from pinnace.runtimes.directory_lock import exclusive_staging_directory
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "PINNACE_SHARED_WEIGHTS_DIR"
+SHARED_WEIGHTS_ENV = "PINNACE_SHARED_WEIGHTS_DIR"
 
 
-def shared_model(model: Path, write_prepacked_model: Callable[[Path, Path], None]) -> Path | None:
-    """The copy of `model` that `prepare` writes, unless a worker has done that before; None outside of a supervisor.
+def shared_model(model_path: Path, write_prepacked_model: Callable[[Path, Path], None]) -> Path | None:
+    """Return the prepacked copy of a model that all workers map, written by the first worker that calls this.
 
-    None as well, with a line in the log, where it cannot be made, as on a full disk.
+    Args:
+        model_path: The .onnx file.
+        write_prepacked_model: Called with `model_path` and the path of the copy to write.
+
+    Returns:
+        The path of the copy; None without a supervisor, or if the copy cannot be written, for example because the disk
+        is full. The reason is then logged.
     """
-    if VARIABLE not in os.environ:
+    if SHARED_WEIGHTS_ENV not in os.environ:
         return None
-    cached = Path(os.environ[VARIABLE], hashlib.sha256(bytes(model)).hexdigest())
+    cached = Path(os.environ[SHARED_WEIGHTS_ENV], hashlib.sha256(bytes(model_path)).hexdigest())
     try:
         with exclusive_staging_directory(cached) as staging:
             if not cached.exists():
-                write_prepacked_model(model, staging / model.name)
+                write_prepacked_model(model_path, staging / model_path.name)
                 staging.rename(cached)
-    except Exception as error:  # ONNX Runtime's exceptions have no class in common
-        logger.warning("the workers share no weights, each has its own in memory: %s", one_line(error))
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        logger.warning("the workers do not share weights, each keeps its own copy in memory: %s", one_line(error))
         return None
-    return cached / model.name
+    return cached / model_path.name
 
 
 def remove_shared_models() -> None:
-    """For workers whose supervisor was killed, who else would have done it at its end."""
-    shutil.rmtree(os.environ.get(VARIABLE, ""), ignore_errors=True)
+    """Remove the shared copies. Workers call this if the supervisor was killed; otherwise it removes them itself."""
+    shutil.rmtree(os.environ.get(SHARED_WEIGHTS_ENV, ""), ignore_errors=True)

@@ -35,6 +35,12 @@ def make_png(width: int, height: int, data: bytes = b"") -> bytes:
     )
 
 
+def _make_cleared_gif(width: int, height: int) -> bytes:
+    """Return a GIF of 44 bytes whose frame is cleared before the next one is shown."""
+    control, frame = b"!\xf9\x04\x08\0\0\0\0", struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + control + b"," + frame + b"\x02\x02\x4c\x01\0;"
+
+
 def _make_gigapixel() -> bytes:
     """Return a PNG with one bit per pixel: 131 MB that compress to less than 200 kB."""
     compressor = zlib.compressobj(9)

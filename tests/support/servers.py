@@ -24,7 +24,7 @@ START_SECONDS = 60
 STOP_SECONDS = 60
 
 READY = re.compile(r"ready after [\d.]+ s: .* HTTP port (?P<http>\d+), (gRPC port (?P<grpc>\d+)|no gRPC)")
-STOPPING = re.compile(r"stopping: (\d+) requests to answer")
+STOPPING = re.compile(r"stopping: (\d+) requests in flight")
 TWO_WORKERS = "--workers=2"
 
 
