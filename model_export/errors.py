@@ -1,4 +1,4 @@
-"""How an export ends when it fails: one line, a distinct exit code, and nothing left that a server would load."""
+"""Errors of an export: each ends it with one line and an exit code of its own, and no model is left to load."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from typing import ClassVar
 
 
 class ExportError(Exception):
-    """`str(error)` is the one line that says what to do."""
+    """Base class. `str(error)` is the line that the user sees; it says what to do."""
 
     exit_code: ClassVar[int]
 
 
-class BadRequest(ExportError):
-    """An unknown architecture, or weights that do not fit it."""
+class UsageError(ExportError):
+    """A flag's value makes no sense: an unknown architecture, or weights that do not fit it."""
 
     exit_code = 2
 
 
-class WeightsMissing(ExportError):
-    """The weights cannot be had: no network, no file, a wrong hash."""
+class WeightsUnavailable(ExportError):
+    """The weights cannot be read or downloaded: no file, no network, or a wrong hash."""
 
     exit_code = 3
 
 
-class Mismatch(ExportError):
-    """The exported model does not answer what the original answers."""
+class VerificationError(ExportError):
+    """The exported model's answers differ too much from the original's, or cannot be compared with them."""
 
     exit_code = 4
