@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 import pytest
 
-from bench.subject import memory_mib
+from bench.server_process import memory_mib
 from tests.callers import INFER, PATH, Caller, Grpc, Http2, KeepAlive
 from tests.hostile import COMPRESSED_BOMB, HOSTILE, MESSAGES
 from tests.marks import chaos

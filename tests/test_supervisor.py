@@ -17,7 +17,7 @@ from types import ModuleType
 import grpc
 import pytest
 
-from bench.subject import children
+from bench.server_process import children
 from tests.conftest import grpc_call
 from tests.pictures import CAT, v1_request
 from tests.servers import Server, gated, is_alive, read_until, running, start_failing, wait_for
