@@ -1,7 +1,11 @@
 """Throughput, latency and cost of the server, beside an in-process baseline on the same cores: `make bench`.
 
-A machine's speed varies: the baseline is measured before and after each point, and medians over the rounds are printed.
-BENCH_BASELINE="COMMAND URL" in the environment adds another server, the reference, measured with V1 JSON.
+A machine's speed varies: the in-process baseline is measured before and after each point, and medians over the rounds
+are printed.
+
+BENCH_BASELINE="COMMAND URL [GRPC_HOST:PORT]" in the environment adds a reference server, such as the commit before.
+Every payload is sent to it as well, right after this server; gRPC only if its gRPC address is given. The ratios of both
+servers are printed in a table of their own.
 """
 
 from __future__ import annotations
@@ -9,9 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -21,19 +28,46 @@ import onnxruntime
 from bench import load
 from bench.baseline import InProcessBaseline
 from bench.payloads import Payload, make_payloads
-from bench.report import Point, Row, compute_medians, format_table, plot
+from bench.report import Point, Row, compute_medians, compute_ratios, format_ratios, format_table, plot
 from bench.server_process import ServerProcess, memory_mib, run_pinnace, run_server
 from pinnace.cpus import available_cpus
 
+REFERENCE_ENV = "BENCH_BASELINE"
 CONNECTIONS = (1, 16, 64)
 WARM_UP_SECONDS = 1.0
 FOOTPRINT_LOAD_SECONDS = 20.0
 FOOTPRINT_CONNECTIONS = 16
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Another server to measure: its command, its URL, and its gRPC address, which may be empty."""
+
+    command: Sequence[str]
+    url: str
+    grpc_address: str
+
+
+def parse_reference(text: str) -> Reference | None:
+    """Return the reference server that BENCH_BASELINE describes, or None if it is empty. Raises SystemExit."""
+    if not text:
+        return None
+    match shlex.split(text):
+        case [_, *_, url, grpc_address] as words if _is_url(url) and re.fullmatch(r"[^/]+:\d+", grpc_address):
+            return Reference(words[:-2], url, grpc_address)
+        case [_, *_, url] as words if _is_url(url):
+            return Reference(words[:-1], url, "")
+    raise SystemExit(f'bench: {REFERENCE_ENV} must be "COMMAND URL [GRPC_HOST:PORT]", not "{text}"')
+
+
+def _is_url(word: str) -> bool:
+    return word.startswith(("http://", "https://"))
+
+
 def main() -> None:
     """Measure each model, print its tables, and draw the chart of all."""
     arguments = _parse_arguments()
+    arguments.reference = parse_reference(os.environ.get(REFERENCE_ENV, ""))
     _print(
         f"{_cpu_name()}, {available_cpus()} CPUs, shared by server and load; Python {platform.python_version()}, "
         f"ONNX Runtime {onnxruntime.__version__}. Request {arguments.request}; "
@@ -61,6 +95,8 @@ def _measure_model(name: str, model_dir: Path, arguments: argparse.Namespace) ->
     image_ms = median(point.in_process_ms for point in points)
     _print(f"\n{name}: in process {images_per_second:.1f} images/s, a single image {image_ms:.1f} ms")
     _print(format_table(rows))
+    if ratios := compute_ratios(points):
+        _print(f"\n{name}: this server compared with the reference server\n{format_ratios(ratios)}\n")
     _print(_measure_footprint(model_dir, payloads[0]))
     return rows
 
@@ -68,24 +104,33 @@ def _measure_model(name: str, model_dir: Path, arguments: argparse.Namespace) ->
 def _measure_round(model_dir: Path, payloads: list[Payload], arguments: argparse.Namespace) -> Iterator[Point]:
     baseline = InProcessBaseline(model_dir, arguments.request, arguments.seconds)
 
-    def measure(server: ServerProcess, payload: Payload, name: str) -> Iterator[Point]:
+    def measure(servers: Sequence[ServerProcess], payload: Payload, name: str) -> Iterator[Point]:
         for connections in CONNECTIONS:
-            result, cpu_ms_per_request = _measure_point(server, payload, connections, arguments.seconds)
-            images_per_second, image_seconds = baseline.measure_again()
-            yield Point(name, connections, result, cpu_ms_per_request, images_per_second, image_seconds * 1e3)
+            for number, server in enumerate(servers):
+                result, cpu_ms_per_request = _measure_point(server, payload, connections, arguments.seconds)
+                images_per_second, image_seconds = baseline.measure_again()
+                yield Point(
+                    name,
+                    connections,
+                    result,
+                    cpu_ms_per_request,
+                    images_per_second,
+                    image_seconds * 1e3,
+                    is_reference=number > 0,
+                )
 
-    with run_pinnace(model_dir) as server:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(run_pinnace(model_dir))]
+        if reference := arguments.reference:
+            servers.append(stack.enter_context(run_server(reference.command, reference.url, reference.grpc_address)))
         for payload in payloads:
-            yield from measure(server, payload, payload.name)
+            accepting = [server for server in servers if payload.path or server.grpc_address]
+            yield from measure(accepting, payload, payload.name)
     with run_pinnace(model_dir, f"--workers={available_cpus()}") as server:
-        yield from measure(server, payloads[0], f"{payloads[0].name}, {available_cpus()} workers")
+        yield from measure([server], payloads[0], f"{payloads[0].name}, {available_cpus()} workers")
     if find_spec("ray"):
         with run_pinnace(model_dir, "--engine=ray", f"--num_replicas={available_cpus()}") as server:
-            yield from measure(server, payloads[0], f"{payloads[0].name}, {available_cpus()} replicas on Ray")
-    if reference := os.environ.get("BENCH_BASELINE"):
-        *command, url = shlex.split(reference)
-        with run_server(command, url) as server:
-            yield from measure(server, payloads[0], f"{payloads[0].name}, reference")
+            yield from measure([server], payloads[0], f"{payloads[0].name}, {available_cpus()} replicas on Ray")
 
 
 def _measure_point(

@@ -15,7 +15,8 @@ class Point:
     """One measurement of one round, with the in-process baseline of the same minutes.
 
     `name` is the payload's, with the server's configuration if it is not the default. `in_process_per_second` is
-    images per second on all cores; `in_process_ms` is the time of a single image.
+    images per second on all cores; `in_process_ms` is the time of a single image. `is_reference` says that the
+    reference server was measured, not this one.
     """
 
     name: str
@@ -24,10 +25,16 @@ class Point:
     cpu_ms_per_request: float
     in_process_per_second: float
     in_process_ms: float
+    is_reference: bool = False
+
+    @property
+    def row_name(self) -> str:
+        """The name of the row in the table of medians."""
+        return f"{self.name}, reference server" if self.is_reference else self.name
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, {self.connections} connections: {self.result.per_second:.1f} requests/s, "
+            f"{self.row_name}, {self.connections} connections: {self.result.per_second:.1f} requests/s, "
             f"in process {self.in_process_per_second:.1f} images/s"
         )
 
@@ -54,8 +61,8 @@ class Row:
 def compute_medians(points: Sequence[Point]) -> list[Row]:
     """Return a row per name and number of connections, in the order of the points."""
     rows = []
-    for name, connections in dict.fromkeys((point.name, point.connections) for point in points):
-        same = [point for point in points if (point.name, point.connections) == (name, connections)]
+    for name, connections in dict.fromkeys((point.row_name, point.connections) for point in points):
+        same = [point for point in points if (point.row_name, point.connections) == (name, connections)]
         rows.append(
             Row(
                 name,
@@ -70,6 +77,56 @@ def compute_medians(points: Sequence[Point]) -> list[Row]:
             )
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """This server's requests per second and CPU time per request over the reference server's, same payload and load.
+
+    Ratios are taken within a round; `per_second` and `cpu_per_request` are medians over the rounds, and
+    `min_per_second` and `max_per_second` are the extremes. `failed` counts the failed requests of both.
+    """
+
+    name: str
+    connections: int
+    per_second: float
+    min_per_second: float
+    max_per_second: float
+    cpu_per_request: float
+    failed: int
+
+
+def compute_ratios(points: Sequence[Point]) -> list[Ratio]:
+    """Return the ratios for every name and number of connections at which both servers were measured.
+
+    `points` has the rounds in order.
+    """
+    ratios = []
+    for name, connections in dict.fromkeys((point.name, point.connections) for point in points if point.is_reference):
+        same = [point for point in points if (point.name, point.connections) == (name, connections)]
+        ours, reference = ([point for point in same if point.is_reference is flag] for flag in (False, True))
+        pairs = list(zip(ours, reference, strict=True))
+        per_second = [own.result.per_second / other.result.per_second for own, other in pairs]
+        cpu_per_request = median(own.cpu_ms_per_request / other.cpu_ms_per_request for own, other in pairs)
+        failed = sum(point.result.failed for point in same)
+        ratios.append(
+            Ratio(name, connections, median(per_second), min(per_second), max(per_second), cpu_per_request, failed)
+        )
+    return ratios
+
+
+def format_ratios(ratios: Sequence[Ratio]) -> str:
+    """Return a Markdown table of this server over the reference server: above 1.00 in requests/s, this is faster."""
+    lines = [
+        "| payload | connections | requests/s, ratio | lowest to highest round | CPU per request, ratio | failed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for ratio in ratios:
+        lines.append(
+            f"| {ratio.name} | {ratio.connections} | {ratio.per_second:.2f} | {ratio.min_per_second:.2f} to "
+            f"{ratio.max_per_second:.2f} | {ratio.cpu_per_request:.2f} | {ratio.failed} |"
+        )
+    return "\n".join(lines)
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -8,9 +8,10 @@ import httpx
 import pytest
 
 from bench import load, soak
+from bench.__main__ import Reference, parse_reference
 from bench.baseline import InProcessBaseline
 from bench.payloads import Payload, make_payloads
-from bench.report import Point, compute_medians, format_table, plot
+from bench.report import Point, compute_medians, compute_ratios, format_ratios, format_table, plot
 from bench.server_process import run_pinnace
 from bench.soak import Sample
 from tests.servers import PROJECT, Server
@@ -61,6 +62,45 @@ def test_a_row_has_medians_over_the_rounds_of_ratios_within_a_round(tmp_path: Pa
     assert "| V1 JSON | 16 | 50.0 | 1.00 | 10.0 | 20.0 | 25.0 |  | 3 |" in format_table([row])
     plot({"fp32": [row]}, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("", None),
+        ("serve http://127.0.0.1:9080", Reference(["serve"], "http://127.0.0.1:9080", "")),
+        (
+            "sh -c 'cd /old && exec python app.py' http://127.0.0.1:9080 127.0.0.1:9081",
+            Reference(["sh", "-c", "cd /old && exec python app.py"], "http://127.0.0.1:9080", "127.0.0.1:9081"),
+        ),
+    ],
+)
+def test_a_reference_server_is_a_command_a_url_and_maybe_a_grpc_address(text: str, reference: Reference | None) -> None:
+    assert parse_reference(text) == reference
+
+
+@pytest.mark.parametrize(
+    "text", ["http://127.0.0.1:9080", "serve", "serve 127.0.0.1:9081", "serve http://127.0.0.1:9080 grpc"]
+)
+def test_a_reference_server_that_cannot_be_parsed_is_an_error_that_says_how(text: str) -> None:
+    with pytest.raises(SystemExit, match=r'BENCH_BASELINE must be "COMMAND URL \[GRPC_HOST:PORT\]", not '):
+        parse_reference(text)
+
+
+def test_ratios_are_medians_over_the_rounds_of_this_server_over_the_reference() -> None:
+    def point(name: str, per_second: float, cpu_ms: float, is_reference: bool = False) -> Point:
+        result = load.Result(per_second, 10.0, 20.0, 100, 0)
+        return Point(name, 16, result, cpu_ms, 80.0, 8.0, is_reference)
+
+    points = []
+    for ours, reference in ((90.0, 100.0), (50.0, 40.0), (110.0, 100.0)):
+        points += [point("V1 JSON", ours, 12.0), point("V1 JSON", reference, 10.0, True), point("gRPC bytes", 1.0, 1.0)]
+
+    (ratio,) = compute_ratios(points)
+
+    assert (ratio.name, ratio.connections) == ("V1 JSON", 16)
+    assert "| V1 JSON | 16 | 1.10 | 0.90 to 1.25 | 1.20 | 0 |" in format_ratios([ratio])
+    assert [row.name for row in compute_medians(points)] == ["V1 JSON", "V1 JSON, reference server", "gRPC bytes"]
 
 
 def test_growing_memory_shows_in_the_second_half_of_a_soak(tmp_path: Path) -> None:
