@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -140,11 +141,48 @@ def _parse_arguments(name: str, default_port: int) -> argparse.Namespace:
     for flag in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "api_key_file"):
         if (file := getattr(arguments, flag)) and not file.is_file():
             parser.exit(2, f"{name}: --{flag}={file} is not a file\n")
+    try:
+        arguments.ssl_keyfile = arguments.ssl_keyfile or arguments.ssl_certfile  # one file may hold both
+        arguments.ssl_context = _make_ssl_context(arguments)
+    except ValueError as error:
+        parser.exit(2, f"{name}: {error}\n")
     return arguments
 
 
+def _make_ssl_context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return the context for TLS, or None without --ssl_ca_certs.
+
+    Raises ValueError if a flag is missing or a file is invalid. The gRPC client needs this check too, because grpc
+    aborts the process for some invalid files, and logs several lines for others.
+    """
+    ca_certs, certfile, keyfile = arguments.ssl_ca_certs, arguments.ssl_certfile, arguments.ssl_keyfile
+    if keyfile and not certfile:
+        raise ValueError("--ssl_keyfile needs --ssl_certfile")
+    if certfile and not ca_certs:
+        raise ValueError("--ssl_certfile needs --ssl_ca_certs")
+    if not ca_certs:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=ca_certs)
+    except ssl.SSLError:
+        raise ValueError(f"--ssl_ca_certs={ca_certs} has no certificates in PEM format") from None
+    if certfile:
+        try:
+            context.load_cert_chain(certfile, keyfile)
+        except ssl.SSLError:
+            raise ValueError(
+                f"--ssl_certfile={certfile} and --ssl_keyfile={keyfile} are not a certificate and its key in PEM format"
+            ) from None
+    return context
+
+
 def authorization(arguments: argparse.Namespace) -> str:
-    """Return the value of the Authorization header, or an empty string without an API key. Raises OSError."""
+    """Return the value of the Authorization header, or an empty string without an API key.
+
+    Raises OSError if the file cannot be read, and ValueError if a header cannot carry the key.
+    """
     file = arguments.api_key_file
     key = file.read_text().strip() if file else os.environ.get("API_KEY", "")
+    if not key.isascii() or not key.isprintable():
+        raise ValueError("the API key must be printable ASCII on a single line: see --api_key_file")
     return f"Bearer {key}" if key else ""

@@ -6,7 +6,6 @@ import argparse
 import base64
 import http.client
 import json
-import ssl
 import sys
 import time
 import urllib.error
@@ -23,18 +22,15 @@ MAX_ATTEMPTS = 4  # a busy server answers 503 with Retry-After
 @contextmanager
 def connect(arguments: argparse.Namespace) -> Iterator[Classify]:
     """Yield the function that classifies a picture over REST V1. Raises OSError."""
-    scheme, tls = "http", None
-    if arguments.ssl_ca_certs:
-        scheme, tls = "https", ssl.create_default_context(cafile=arguments.ssl_ca_certs)
-        if arguments.ssl_certfile:
-            tls.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+    context = arguments.ssl_context
+    scheme = "https" if context else "http"
     url = f"{scheme}://{arguments.address}/v1/models/{quote(arguments.model_name)}:predict"
     optional = {"Authorization": authorization(arguments), "Host": arguments.authority}
     headers = {"Content-Type": "application/json", **{name: value for name, value in optional.items() if value}}
 
     def send(body: bytes) -> bytes:
         request = urllib.request.Request(url, body, headers)  # noqa: S310 http or https only
-        with urllib.request.urlopen(request, timeout=arguments.timeout_seconds, context=tls) as response:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=arguments.timeout_seconds, context=context) as response:  # noqa: S310
             return bytes(response.read())
 
     def classify(picture: bytes) -> Classes:

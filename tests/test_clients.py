@@ -175,6 +175,10 @@ def test_a_client_takes_the_model_and_the_host_from_the_environment(name: str, s
         (["clients.rest_client", "examples/picture.jpg"], 1, "rest_client: examples/picture.jpg: 127.0.0.1:1 "),
         (["clients.rest_client", "a.jpg", "--ssl_ca_certs=none"], 2, "rest_client: --ssl_ca_certs=none is not a "),
         (["clients.rest_client", "a.jpg", "--timeout_seconds=0"], 2, "rest_client: --timeout_seconds must be more"),
+        (["clients.grpc_client", "a.jpg", "--ssl_ca_certs=README.md"], 2, "grpc_client: --ssl_ca_certs=README.md has"),
+        (["clients.grpc_client", "a.jpg", "--ssl_certfile=README.md"], 2, "grpc_client: --ssl_certfile needs --ssl_c"),
+        (["clients.grpc_client", "a.jpg", "--ssl_keyfile=README.md"], 2, "grpc_client: --ssl_keyfile needs --ssl_c"),
+        (["clients.grpc_client", "a.jpg", "--api_key_file=README.md"], 1, "grpc_client: the API key must be prin"),
         (["clients.make_input"], 2, "usage: make_input.py PICTURE [PICTURE …] > input.json\n"),
         (["clients.make_input", "absent.jpg"], 1, "make_input.py: absent.jpg: No such file or directory\n"),
     ],
@@ -184,6 +188,18 @@ def test_a_client_that_cannot_do_its_work_ends_with_one_line(arguments: list[str
 
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
     assert done.stderr.startswith(message)
+
+
+@both_clients
+def test_a_certificate_and_key_that_do_not_belong_together_are_reported_in_one_line(name: str, tmp_path: Path) -> None:
+    authority = make_party(tmp_path, "authority", None)
+    client, other = (make_party(tmp_path, party, authority) for party in ("client", "other"))
+    flags = (f"--ssl_ca_certs={authority.certificate}", f"--ssl_certfile={client.certificate}")
+
+    done = run_client(f"clients.{name}", "a.jpg", *flags, f"--ssl_keyfile={other.key}")
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.endswith("are not a certificate and its key in PEM format\n")
 
 
 def test_a_port_that_does_not_speak_http_is_reported_in_one_line(server: Server) -> None:
