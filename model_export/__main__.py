@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from model_export.errors import ExportError
+from model_export.errors import DependencyMissing, ExportError
 from pinnace.observability.logging import banner
 
 
@@ -31,7 +31,10 @@ def _export(arguments: argparse.Namespace) -> int:
     log_step = _Progress()
     log_step("importing torch")
     # Imported here: torch takes seconds to import, and --help and a wrong flag should answer at once.
-    from model_export import export, quantize, source, verify
+    try:
+        from model_export import export, quantize, source, verify
+    except ModuleNotFoundError as error:
+        raise DependencyMissing(f"{error.name} is not installed: install requirements-export.txt") from error
 
     is_fp32 = arguments.precision == "fp32"
     # Read first, so that a wrong directory fails before the export has taken minutes.

@@ -24,6 +24,18 @@ class WeightsUnavailable(ExportError):
 
 
 class VerificationError(ExportError):
-    """The exported model's answers differ too much from the original's, or cannot be compared with them."""
+    """The exported model's answers differ too much from the original's."""
 
     exit_code = 4
+
+
+class DependencyMissing(ExportError):
+    """A package that only the export needs, such as torch, is not installed."""
+
+    exit_code = 5
+
+
+class OutputError(ExportError):
+    """The model cannot be written: no permission, a full disk, or --output is not a directory."""
+
+    exit_code = 6

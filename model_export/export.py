@@ -14,6 +14,7 @@ import onnx_ir
 import onnxruntime
 import torch
 
+from model_export.errors import OutputError
 from model_export.source import Source
 from model_export.torchvision_compat import torchvision
 from pinnace.models.model_card import ModelCard
@@ -98,7 +99,19 @@ def write_model(model: onnx_ir.Model, card: ModelCard, output: Path, check: Call
     The model is replaced atomically. The weights file is named by its content and moved first; renaming the ONNX file,
     which refers to it, then switches from the old model to the new one. A killed export leaves a directory whose name
     begins with a dot, or a weights file to which no model refers.
+
+    Raises OutputError if the files cannot be written.
     """
+    try:
+        return _write_files(model, card, output, check)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(
+            f"cannot write the model to {output}: {reason}; choose a writable directory with --output"
+        ) from error
+
+
+def _write_files(model: onnx_ir.Model, card: ModelCard, output: Path, check: Callable[[Path], None]) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     weights_file = f"{card.architecture}-{card.precision}-{card.weights_sha256[:12]}{WEIGHTS_SUFFIX}"
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as scratch:

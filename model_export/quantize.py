@@ -18,8 +18,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from model_export.errors import UsageError, VerificationError
 from model_export.export import write_model
 from model_export.verify import find_photographs
+from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.classifier import Classifier
-from pinnace.models.image import SIGNATURES
+from pinnace.models.image import SIGNATURES, decode
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
 from pinnace.settings import Settings
@@ -32,13 +33,22 @@ MIN_COSINE = {"fp16": 0.9999, "int8": 0.99}  # cosine similarity of an image's l
 def read_calibration_images(directory: Path | None) -> tuple[list[bytes], str]:
     """Return the encoded images in the directory (None: scikit-image's photographs), and a phrase for their origin.
 
-    Raises UsageError if the directory has no images.
+    Raises UsageError if the directory has no images, or a damaged one.
     """
     if directory is None:
         paths = find_photographs()
         return [path.read_bytes() for path in paths], f"{len(paths)} photographs of scikit-image"
-    files = [path.read_bytes() for path in sorted(directory.glob("*")) if path.is_file()]
-    images = [data for data in files if data.startswith(SIGNATURES)]
+    images = []
+    for path in sorted(directory.glob("*")):
+        try:
+            data = path.read_bytes() if path.is_file() else b""
+            if data.startswith(SIGNATURES):
+                decode(data, Settings().max_image_pixels)
+                images.append(data)
+        except OSError as error:
+            raise UsageError(f"--calibration={directory}: cannot read {path.name}: {error.strerror}") from error
+        except (InvalidInput, TooLarge) as error:
+            raise UsageError(f"--calibration={directory}: remove {path.name}, which is {error}") from error
     if not images:
         raise UsageError(f"--calibration={directory} has no images")
     return images, f"{len(images)} images of --calibration"

@@ -14,6 +14,7 @@ from model_export.torchvision_compat import torchvision
 from pinnace.observability.logging import banner
 
 LOGITS_STD = 5.0
+MAX_SEED = 2**63 - 1  # torch.manual_seed takes a signed 64-bit number
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ def load_source(architecture: str, weights: str) -> Source:
         model, weights = _pretrained(architecture, entry)
     elif weights.startswith("seeded:"):
         seed = weights.removeprefix("seeded:")
-        if not seed.isdecimal():
-            raise UsageError(f"--weights {weights}: the seed must be a whole number, as in seeded:0")
+        if not seed.isdecimal() or int(seed) > MAX_SEED:
+            raise UsageError(f"--weights {weights}: the seed must be a whole number from 0 to {MAX_SEED}")
         model = _seeded(architecture, int(seed), preset.crop_size[0])
     else:
         model, weights = _from_file(architecture, Path(weights)), f"file:{Path(weights).name}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model_export.errors import VerificationError
+from model_export.errors import DependencyMissing, VerificationError
 from model_export.source import Source
 from model_export.torchvision_compat import torchvision
 from pinnace.models.classifier import Classifier
@@ -44,10 +44,10 @@ class Differences:
 
 
 def find_photographs() -> list[Path]:
-    """Return the paths of scikit-image's colour photographs, of several sizes. Raises VerificationError."""
+    """Return the paths of scikit-image's colour photographs, of several sizes. Raises DependencyMissing."""
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        raise VerificationError(
+        raise DependencyMissing(
             "scikit-image, on whose photographs an export is verified, is not installed: "
             "install requirements-export.txt"
         )

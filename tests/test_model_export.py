@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 
-from model_export.errors import VerificationError
+from model_export.errors import OutputError, VerificationError
 from model_export.export import convert, make_card, remove_identity_pools, write_model
 from model_export.source import Source, load_source
 from model_export.torchvision_compat import torchvision
@@ -32,12 +33,14 @@ from tests.servers import PROJECT
 TUTORIAL_LOGITS = [14.976, 14.037, 13.966, 12.252, 12.086]
 
 
-def export(output: Path, *arguments: str, torch_home: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m model_export`, with torch's cache of downloads in `torch_home`."""
+def export(
+    output: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m model_export` with further environment variables."""
     return subprocess.run(
         [sys.executable, "-m", "model_export", "--output", str(output), *arguments],
         cwd=PROJECT,
-        env={**os.environ, "TORCH_HOME": str(torch_home)} if torch_home else None,
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=300,
@@ -197,7 +200,8 @@ def test_a_killed_export_leaves_nothing_that_a_server_would_load(tmp_path: Path)
             "--arch lenet: torchvision has no such classifier; use a name such as alexnet or resnet50",
         ),
         (["--arch", "fcn_resnet50"], 2, "--arch fcn_resnet50: torchvision has no such classifier"),
-        (["--weights", "seeded:x"], 2, "--weights seeded:x: the seed must be a whole number, as in seeded:0"),
+        (["--weights", "seeded:x"], 2, "--weights seeded:x: the seed must be a whole number from 0 to"),
+        (["--weights", f"seeded:{2**63}"], 2, f"--weights seeded:{2**63}: the seed must be a whole number from 0 to"),
         (
             ["--weights", "no.pth"],
             3,
@@ -214,6 +218,25 @@ def test_a_failed_export_ends_with_one_line_and_its_own_exit_code(
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
     assert done.stderr.startswith(f"model_export: {problem}")
     assert not (tmp_path / "model").exists()
+
+
+def test_an_output_that_is_no_directory_is_an_error(tmp_path: Path, original: Source) -> None:
+    (tmp_path / "file").write_text("")
+    card = make_card(original)
+
+    with pytest.raises(
+        OutputError, match=r"cannot write the model to .*/file: File exists; choose a writable directory"
+    ):
+        write_model(convert(original, card), card, tmp_path / "file", lambda _: None)
+
+
+def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(name='torch')")
+
+    done = export(tmp_path / "model", environment={"PYTHONPATH": str(tmp_path)})
+
+    assert done.stderr == "model_export: torch is not installed: install requirements-export.txt\n"
+    assert done.returncode == 5
 
 
 def test_weights_of_another_architecture_are_rejected(tmp_path: Path) -> None:
@@ -234,7 +257,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unreachable")
 def test_pretrained_without_network_fails_with_one_line_and_leaves_no_model(tmp_path: Path) -> None:
-    done = export(tmp_path / "model", "--weights", "pretrained", torch_home=tmp_path / "cache")
+    done = export(tmp_path / "model", "--weights", "pretrained", environment={"TORCH_HOME": str(tmp_path / "cache")})
 
     lines = [line for line in done.stderr.splitlines() if not line.startswith("Downloading: ")]
     assert done.returncode == 3
@@ -246,7 +269,14 @@ def test_pretrained_without_network_fails_with_one_line_and_leaves_no_model(tmp_
 
 @pytest.mark.usefixtures("unreachable")
 def test_auto_without_network_uses_seeded_weights_and_prints_a_warning(tmp_path: Path) -> None:
-    done = export(tmp_path / "model", "--weights", "auto", "--arch", "squeezenet1_1", torch_home=tmp_path / "cache")
+    done = export(
+        tmp_path / "model",
+        "--weights",
+        "auto",
+        "--arch",
+        "squeezenet1_1",
+        environment={"TORCH_HOME": str(tmp_path / "cache")},
+    )
 
     assert done.returncode == 0, done.stderr
     assert "Using UNTRAINED weights instead (seeded:0): the answers will be meaningless" in done.stdout

@@ -117,6 +117,13 @@ def test_a_calibration_directory_without_images_is_an_error(tmp_path: Path) -> N
         read_calibration_images(tmp_path)
 
 
+def test_a_damaged_calibration_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "half.png").write_bytes(CAT[:200])
+
+    with pytest.raises(UsageError, match=r"remove half\.png, which is a truncated, damaged or unsupported image"):
+        read_calibration_images(tmp_path)
+
+
 def test_a_quantized_model_too_far_from_fp32_is_an_error(model_dir: Path, tmp_path: Path) -> None:
     model, card = onnx_ir.load(model_dir / MODEL_FILE), read_card(model_dir)
     fp32_dir = tmp_path / "fp32"
