@@ -145,6 +145,8 @@ def _measure_point(
     server.wait_until_idle()
     cpu_seconds = server.cpu_seconds()
     result = send(seconds)
+    if not result.requests:
+        raise SystemExit(f"bench: {server.url} answered nothing in {seconds:g} s ({payload.name}): raise --seconds")
     return result, (server.cpu_seconds() - cpu_seconds) * 1e3 / result.requests
 
 
