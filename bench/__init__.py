@@ -1,3 +1,3 @@
-"""Measures the server beside what the same cores can do without one: `make bench`."""
+"""Benchmarks of the server: `make bench`, `make overload` and `make soak`."""
 
-import pinnace as pinnace  # first, since it turns ONNX Runtime's telemetry off
+import pinnace as pinnace  # first: importing it turns ONNX Runtime's telemetry off

@@ -1,4 +1,4 @@
-"""The same picture in every form that the server takes."""
+"""Request bodies: the same image in every form that the server accepts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from pinnace.proto.generated import inference as pb
 
-MODEL = "custom-model"
+MODEL_NAME = "custom-model"
 
 
 @dataclass(frozen=True)
 class Payload:
-    """`path` is an address below the server's; for gRPC it is empty and the body is a ModelInferRequest."""
+    """A request to send. `path` is the URL's path; it is empty for gRPC, where `body` is a ModelInferRequest."""
 
     name: str
     body: bytes
@@ -25,13 +25,15 @@ class Payload:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def picture(request: Path) -> bytes:
-    """The picture in a V1 request such as the tutorial's."""
+def read_image(request: Path) -> bytes:
+    """Return the encoded image in a file with a V1 request, such as the tutorial's."""
     return base64.b64decode(json.loads(request.read_text())["instances"][0]["image"]["b64"])
 
 
-def payloads(request: Path) -> list[Payload]:
-    image, v1, infer = picture(request), f"/v1/models/{MODEL}:predict", f"/v2/models/{MODEL}/infer"
+def make_payloads(request: Path) -> list[Payload]:
+    """Return a payload per protocol and encoding, with the image in the V1 request `request`."""
+    image = read_image(request)
+    v1, v2 = f"/v1/models/{MODEL_NAME}:predict", f"/v2/models/{MODEL_NAME}/infer"
     raw = struct.pack("<I", len(image)) + image
     tensor = {"name": "input-0", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
     header = json.dumps({"inputs": [tensor]}).encode()
@@ -39,12 +41,12 @@ def payloads(request: Path) -> list[Payload]:
     return [
         Payload("V1 JSON", request.read_bytes(), v1, {"content-type": "application/json"}),
         Payload("V1 image", image, v1, {"content-type": "image/jpeg"}),
-        Payload("V2 binary", header + raw, infer, {"inference-header-content-length": str(len(header))}),
-        Payload("gRPC bytes", _message("BYTES", [1], raw)),
-        Payload("gRPC raw tensor", _message("FP32", list(pixels.shape), pixels.tobytes())),
+        Payload("V2 binary", header + raw, v2, {"inference-header-content-length": str(len(header))}),
+        Payload("gRPC bytes", _grpc_message("BYTES", [1], raw)),
+        Payload("gRPC raw tensor", _grpc_message("FP32", list(pixels.shape), pixels.tobytes())),
     ]
 
 
-def _message(datatype: str, shape: list[int], raw: bytes) -> bytes:
+def _grpc_message(datatype: str, shape: list[int], raw: bytes) -> bytes:
     tensor = pb.ModelInferRequestInferInputTensor(name="input-0", datatype=datatype, shape=shape)
-    return bytes(pb.ModelInferRequest(model_name=MODEL, inputs=[tensor], raw_input_contents=[raw]))
+    return bytes(pb.ModelInferRequest(model_name=MODEL_NAME, inputs=[tensor], raw_input_contents=[raw]))

@@ -1,1 +1,1 @@
-"""Command lines that call the server, small enough to copy."""
+"""Command-line clients of the server, small enough to copy."""

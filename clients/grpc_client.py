@@ -1,4 +1,4 @@
-"""Asks over gRPC what is in pictures: `python -m clients.grpc_client photo.jpg`, from the project's folder."""
+"""gRPC client: `python -m clients.grpc_client photo.jpg`, run in the project's directory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import grpc
 
-from clients.cli import Ask, Classes, ServerError, authorization, run
+from clients.cli import Classes, Classify, ServerError, authorization, run
 from pinnace.proto.generated import inference as pb
 from pinnace.proto.wire import decode
 
 SERVICE = "inference.GRPCInferenceService"
-# A busy server answers UNAVAILABLE, and says after how long to try again; grpc itself waits and does.
+# A busy server answers UNAVAILABLE with the time to wait (grpc-retry-pushback-ms); grpc waits and retries by itself.
 RETRIES = {
     "maxAttempts": 4,
     "initialBackoff": "0.5s",
@@ -27,15 +27,16 @@ RETRIES = {
 
 
 @contextmanager
-def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
-    key = authorization(arguments)
-    metadata = (("authorization", key),) if key else ()
-    with _channel(arguments) as channel:
+def connect(arguments: argparse.Namespace) -> Iterator[Classify]:
+    """Open a channel, and yield the function that classifies a picture over it. Raises OSError."""
+    header = authorization(arguments)
+    metadata = (("authorization", header),) if header else ()
+    with _open_channel(arguments) as channel:
         infer: grpc.UnaryUnaryMultiCallable[pb.ModelInferRequest, bytes] = channel.unary_unary(
             f"/{SERVICE}/ModelInfer", request_serializer=bytes
         )
 
-        def ask(picture: bytes) -> Classes:
+        def classify(picture: bytes) -> Classes:
             contents = pb.InferTensorContents(bytes_contents=[picture])
             request = pb.ModelInferRequest(
                 model_name=arguments.model_name,
@@ -47,20 +48,20 @@ def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
                 ],
             )
             try:
-                answer = infer(request, timeout=arguments.timeout_seconds, metadata=metadata)
+                response = infer(request, timeout=arguments.timeout_seconds, metadata=metadata)
             except grpc.RpcError as error:
                 raise ServerError(f"{arguments.address} answered {error.code().name}: {error.details()}") from None
-            labels, probabilities = (tensor.contents for tensor in decode(pb.ModelInferResponse, answer).outputs)
+            labels, probabilities = (tensor.contents for tensor in decode(pb.ModelInferResponse, response).outputs)
             if labels is None or probabilities is None:
-                raise ServerError(f"{arguments.address} answered something else than classes")
+                raise ServerError(f"{arguments.address} did not answer with classes: see --model_name")
             texts = [label.decode() for label in labels.bytes_contents]
             return list(zip(texts, probabilities.fp32_contents, strict=True))
 
-        yield ask
+        yield classify
 
 
-def _channel(arguments: argparse.Namespace) -> grpc.Channel:
-    """Raises OSError."""
+def _open_channel(arguments: argparse.Namespace) -> grpc.Channel:
+    """Return a channel to the server, with TLS if --ssl_ca_certs is given. Raises OSError."""
     config = {"methodConfig": [{"name": [{"service": SERVICE}], "retryPolicy": RETRIES}]}
     options = [("grpc.service_config", json.dumps(config))]
     if arguments.authority:
@@ -68,14 +69,16 @@ def _channel(arguments: argparse.Namespace) -> grpc.Channel:
     if not arguments.ssl_ca_certs:
         return grpc.insecure_channel(arguments.address, options)
     credentials = grpc.ssl_channel_credentials(
-        arguments.ssl_ca_certs.read_bytes(), _bytes_of(arguments.ssl_keyfile), _bytes_of(arguments.ssl_certfile)
+        arguments.ssl_ca_certs.read_bytes(),
+        _read_optional(arguments.ssl_keyfile),
+        _read_optional(arguments.ssl_certfile),
     )
     return grpc.secure_channel(arguments.address, credentials, options)
 
 
-def _bytes_of(file: Path | None) -> bytes | None:
+def _read_optional(file: Path | None) -> bytes | None:
     return file.read_bytes() if file else None
 
 
 if __name__ == "__main__":
-    sys.exit(run("grpc_client", 8081, connected))
+    sys.exit(run("grpc_client", 8081, connect))

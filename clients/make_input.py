@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a V1 request with the given pictures: `python clients/make_input.py photo.jpg > input.json`."""
+"""This script writes a V1 request with the given pictures: `python clients/make_input.py photo.jpg > input.json`."""
 
 import base64
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 def main() -> int:
+    """Write the request to standard output. Return the exit code: 1 if a file cannot be read, 2 without arguments."""
     if len(sys.argv) < 2:
         sys.stderr.write("usage: make_input.py PICTURE [PICTURE …] > input.json\n")
         return 2

@@ -1,4 +1,4 @@
-"""The pictures that somebody names: files, patterns, URLs, and requests in JSON that have some in them."""
+"""Pictures named on the command line: files, patterns, URLs, and JSON files with requests that contain pictures."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-MOST_BYTES = 64 * 1024 * 1024
-DOWNLOAD_SECONDS = 30
+MAX_DOWNLOAD_BYTES = 64 * 1024 * 1024
+DOWNLOAD_TIMEOUT_SECONDS = 30
 
 Read = Callable[[], bytes]
 
 
-def find(names: Iterable[str]) -> list[tuple[str, Read]]:
-    """Each picture's name and how to read it. Raises OSError, and ValueError for what is no request."""
-    found: list[tuple[str, Read]] = []
+def find_pictures(names: Iterable[str]) -> list[tuple[str, Read]]:
+    """Return the name of each picture and a function that reads its encoded bytes.
+
+    Raises OSError if a JSON file cannot be read, and ValueError if it is not a request with pictures. The returned
+    functions raise OSError.
+    """
+    pictures: list[tuple[str, Read]] = []
     for name in names:
         if name.startswith(("http://", "https://")):
-            found.append((name, partial(_download, name)))
+            pictures.append((name, partial(_download, name)))
         elif name.endswith(".json"):
-            found += [(f"{name}[{row}]", partial(bytes, picture)) for row, picture in enumerate(_in_request(name))]
+            pictures += [(f"{name}[{row}]", partial(bytes, data)) for row, data in enumerate(_read_request(name))]
         else:
-            matching = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
-            found += [(path, Path(path).read_bytes) for path in matching or [name]]
-    return found
+            matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+            pictures += [(path, Path(path).read_bytes) for path in matches or [name]]
+    return pictures
 
 
-def _in_request(name: str) -> list[bytes]:
-    """Of protocol V1 or V2."""
+def _read_request(name: str) -> list[bytes]:
+    """Return the pictures in the JSON file `name`, a V1 or V2 request."""
     try:
         request = json.loads(Path(name).read_text())
         if "instances" in request:
@@ -40,12 +44,13 @@ def _in_request(name: str) -> list[bytes]:
             texts = [text for tensor in request["inputs"] for text in tensor["data"]]
         return [base64.b64decode(text) for text in texts]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{name} is no V1 or V2 request with pictures") from None
+        raise ValueError(f"{name} is not a V1 or V2 request with pictures") from None
 
 
 def _download(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as answer:  # noqa: S310 http and https only
-        data: bytes = answer.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise OSError(f"more than {MOST_BYTES} bytes")
+    timeout = DOWNLOAD_TIMEOUT_SECONDS
+    with urllib.request.urlopen(url, timeout=timeout) as response:  # noqa: S310 http and https only
+        data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise OSError(f"larger than {MAX_DOWNLOAD_BYTES} bytes")
     return data

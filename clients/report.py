@@ -1,4 +1,4 @@
-"""What was found in pictures, written for people (text) or programs (csv, json)."""
+"""Results of the clients, written for people (text) or programs (csv, json)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 
 @dataclass(frozen=True)
 class Result:
-    """Labels and their probabilities, the highest first; `milliseconds` from the request to the answer."""
+    """The classes of a picture: labels and probabilities, the highest first, and the request's duration."""
 
     picture: str
     milliseconds: float
@@ -18,31 +18,33 @@ class Result:
 
 
 class Report:
-    """Written as it goes; `close` writes what must come last."""
+    """Writer of results. It writes each at once; `close` writes the end that JSON needs."""
 
-    def __init__(self, style: str, file: TextIO) -> None:
-        """`style` is text, csv or json."""
-        self._style = style
+    def __init__(self, output_format: str, file: TextIO) -> None:
+        """Write to `file` as text, csv or json."""
+        self._format = output_format
         self._file = file
         self._csv = csv.writer(file)
-        self._written = 0
-        if style == "csv":
+        self._count = 0
+        if output_format == "csv":
             self._csv.writerow(["picture", "milliseconds", "rank", "label", "probability"])
 
-    def write(self, found: Result) -> None:
-        if self._style == "text":
-            self._file.write(f"{found.picture}  {found.milliseconds:.0f} ms\n")
-            self._file.writelines(f"  {probability:6.1%}  {label}\n" for label, probability in found.classes)
-        elif self._style == "csv":
-            for rank, (label, probability) in enumerate(found.classes, 1):
-                self._csv.writerow([found.picture, f"{found.milliseconds:.1f}", rank, label, f"{probability:.6f}"])
+    def write(self, result: Result) -> None:
+        """Write one result, and flush."""
+        if self._format == "text":
+            self._file.write(f"{result.picture}  {result.milliseconds:.0f} ms\n")
+            self._file.writelines(f"  {probability:6.1%}  {label}\n" for label, probability in result.classes)
+        elif self._format == "csv":
+            for rank, (label, probability) in enumerate(result.classes, 1):
+                self._csv.writerow([result.picture, f"{result.milliseconds:.1f}", rank, label, f"{probability:.6f}"])
         else:
-            self._file.write("," if self._written else "[")
-            entry = asdict(found) | {"classes": [{"label": one, "probability": share} for one, share in found.classes]}
-            self._file.write(f"\n{json.dumps(entry, ensure_ascii=False)}")
-        self._written += 1
+            self._file.write("," if self._count else "[")
+            classes = [{"label": label, "probability": probability} for label, probability in result.classes]
+            self._file.write(f"\n{json.dumps(asdict(result) | {'classes': classes}, ensure_ascii=False)}")
+        self._count += 1
         self._file.flush()
 
     def close(self) -> None:
-        if self._style == "json":
-            self._file.write("\n]\n" if self._written else "[]\n")
+        """Write the end of the report. The file stays open."""
+        if self._format == "json":
+            self._file.write("\n]\n" if self._count else "[]\n")

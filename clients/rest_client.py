@@ -1,4 +1,4 @@
-"""Asks over REST what is in pictures, with nothing but Python: `python3 -m clients.rest_client photo.jpg`."""
+"""REST client; it needs no package but Python's own: `python3 -m clients.rest_client photo.jpg`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import base64
 import http.client
 import json
-import ssl
 import sys
 import time
 import urllib.error
@@ -15,55 +14,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
 
-from clients.cli import Ask, Classes, ServerError, authorization, run
+from clients.cli import Classes, Classify, ServerError, authorization, run
 
-MOST_ATTEMPTS = 4  # where the server is busy, and says when to try again
+MAX_ATTEMPTS = 4  # a busy server answers 503 with Retry-After
 
 
 @contextmanager
-def connected(arguments: argparse.Namespace) -> Iterator[Ask]:
-    scheme, tls = "http", None
-    if arguments.ssl_ca_certs:
-        scheme, tls = "https", ssl.create_default_context(cafile=arguments.ssl_ca_certs)
-        if arguments.ssl_certfile:
-            tls.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+def connect(arguments: argparse.Namespace) -> Iterator[Classify]:
+    """Yield the function that classifies a picture over REST V1. Raises OSError."""
+    context = arguments.ssl_context
+    scheme = "https" if context else "http"
     url = f"{scheme}://{arguments.address}/v1/models/{quote(arguments.model_name)}:predict"
-    given = {"Authorization": authorization(arguments), "Host": arguments.authority}
-    headers = {"Content-Type": "application/json", **{name: value for name, value in given.items() if value}}
+    optional = {"Authorization": authorization(arguments), "Host": arguments.authority}
+    headers = {"Content-Type": "application/json", **{name: value for name, value in optional.items() if value}}
 
     def send(body: bytes) -> bytes:
-        request = urllib.request.Request(url, body, headers)  # noqa: S310 http or https, as made above
-        with urllib.request.urlopen(request, timeout=arguments.timeout_seconds, context=tls) as answer:  # noqa: S310
-            return bytes(answer.read())
+        request = urllib.request.Request(url, body, headers)  # noqa: S310 http or https only
+        with urllib.request.urlopen(request, timeout=arguments.timeout_seconds, context=context) as response:  # noqa: S310
+            return bytes(response.read())
 
-    def ask(picture: bytes) -> Classes:
+    def classify(picture: bytes) -> Classes:
         instance = {"image": {"b64": base64.b64encode(picture).decode()}}
         body = json.dumps({"signature_name": "classification", "instances": [instance]}).encode()
-        for attempt in range(1, MOST_ATTEMPTS + 1):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 (row,) = json.loads(send(body))["predictions"]
-                return [(found["label"], found["probability"]) for found in row]
+                return [(entry["label"], entry["probability"]) for entry in row]
             except urllib.error.HTTPError as error:
                 with error:
                     wait_seconds = error.headers.get("retry-after", "")
-                    if error.code != 503 or not wait_seconds.isdigit() or attempt == MOST_ATTEMPTS:
+                    if error.code != 503 or not wait_seconds.isdigit() or attempt == MAX_ATTEMPTS:
                         raise ServerError(
-                            f"{arguments.address} answered {error.code}: {_problem(error.read())}"
+                            f"{arguments.address} answered {error.code}: {_error_text(error.read())}"
                         ) from None
                 time.sleep(int(wait_seconds))
             except urllib.error.URLError as error:
-                raise ServerError(f"{arguments.address} cannot be reached: {error.reason}") from None
+                raise ServerError(f"{arguments.address} cannot be reached, see --address: {error.reason}") from None
             except http.client.HTTPException:
                 raise ServerError(f"{arguments.address} does not speak HTTP: see --address") from None
             except (KeyError, TypeError, ValueError):
-                raise ServerError(f"{arguments.address} answered something else than classes") from None
+                raise ServerError(f"{arguments.address} did not answer with classes: see --address") from None
         raise AssertionError  # the last attempt returns or raises
 
-    yield ask
+    yield classify
 
 
-def _problem(body: bytes) -> str:
-    """What the server says is wrong; of another server's answer, what there is of it."""
+def _error_text(body: bytes) -> str:
+    """Return the server's error text, or the beginning of the body if another kind of server answered."""
     try:
         return str(json.loads(body)["error"])
     except (KeyError, TypeError, ValueError):
@@ -71,4 +68,4 @@ def _problem(body: bytes) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run("rest_client", 8080, connected))
+    sys.exit(run("rest_client", 8080, connect))

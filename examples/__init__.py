@@ -1,1 +1,1 @@
-"""A picture and a request of our own to try the server with."""
+"""An example picture, and a V1 request with it, to try the server with."""

@@ -1,4 +1,4 @@
-"""Draws picture.jpg, a traffic light in the evening, and puts it into input.json: `python -m examples.draw`."""
+"""This script draws picture.jpg, a traffic light in the evening, and writes input.json: `python -m examples.draw`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ LAMPS = ((235, 60, 45), (90, 75, 20), (25, 80, 45))
 
 
 def draw() -> Image.Image:
+    """Return the picture."""
     picture = Image.new("RGB", (WIDTH, HEIGHT))
     pen = ImageDraw.Draw(picture)
     for y in range(HEIGHT):
@@ -33,6 +34,7 @@ def draw() -> Image.Image:
 
 
 def main() -> None:
+    """Write both files beside this module."""
     folder = Path(__file__).parent
     draw().save(folder / "picture.jpg", quality=88)
     picture = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()

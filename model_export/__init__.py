@@ -1,6 +1,6 @@
-"""Turns a torchvision classifier into the ONNX model that the server serves: `python -m model_export --help`.
+"""Export of a torchvision classifier to the ONNX model that the server serves: `python -m model_export --help`.
 
-Runs where torch is installed; the server never imports it. It imports the server, to check what it wrote.
+It runs where torch is installed. The server never imports it; it imports the server, to verify what it wrote.
 """
 
-import pinnace as pinnace  # first, since it turns ONNX Runtime's telemetry off
+import pinnace as pinnace  # first: importing it turns ONNX Runtime's telemetry off

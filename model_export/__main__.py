@@ -1,4 +1,4 @@
-"""The command line: arguments in, progress out, one line and an exit code when it fails."""
+"""The command line of the export: it prints progress, and ends a failure with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -10,92 +10,106 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from model_export.errors import ExportError
+from model_export.errors import DependencyMissing, ExportError
 from pinnace.observability.logging import banner
 
 
 def main() -> int:
+    """Run the export, and return its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _export(_arguments())
+        return _export(_parse_arguments())
     except ExportError as error:
         sys.stderr.write(f"model_export: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("model_export: interrupted, nothing written\n")
+        sys.stderr.write("model_export: interrupted, no model was written\n")
         return 128 + signal.SIGINT
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    step = _Progress()
-    step("importing torch")
-    # Here, so that --help and a wrong flag answer at once.
-    from model_export import export, quantize, source, verify
+    log_step = _Progress()
+    log_step("importing torch")
+    # Imported here: torch takes seconds to import, and --help and a wrong flag should answer at once.
+    try:
+        from model_export import export, quantize, source, verify
+    except ModuleNotFoundError as error:
+        raise DependencyMissing(f"{error.name} is not installed: install requirements-export.txt") from error
 
-    exactly = arguments.precision == "fp32"
-    pictures, origin = ([], "") if exactly else quantize.images(arguments.calibration)  # a wrong folder fails at once
+    is_fp32 = arguments.precision == "fp32"
+    # Read first, so that a wrong directory fails before the export has taken minutes.
+    images, origin = ([], "") if is_fp32 else quantize.read_calibration_images(arguments.calibration)
 
-    step(f"loading {arguments.arch} with weights {arguments.weights}")
+    log_step(f"loading {arguments.arch} with weights {arguments.weights}")
     original = source.load_source(arguments.arch, arguments.weights)
     card = export.make_card(original)
-    step(f"converting to ONNX, opset {card.opset}")
+    log_step(f"converting to ONNX, opset {card.opset}")
     model = export.convert(original, card)
 
     def check(directory: Path) -> None:
-        step("comparing with the original")
-        step(f"  {verify.verify(original, directory)}")
+        log_step("comparing with the original")
+        log_step(f"  {verify.verify(original, directory)}")
 
-    if exactly:
-        file = export.write(model, card, arguments.output, check)
+    if is_fp32:
+        file = export.write_model(model, card, arguments.output, check)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            exact = Path(scratch)
-            export.write(model, card, exact, check)
-            step(f"making it {arguments.precision}, on {origin}")
-            model, card = quantize.quantize(model, card, exact, arguments.precision, pictures, origin)
-            step(f"  {quantize.in_words(card.precision_error)}")
-            file = export.write(model, card, arguments.output, lambda _: None)
-    size = sum(path.stat().st_size for path in arguments.output.glob(f"*{export.WEIGHTS_SUFFIX}")) / 1e6
-    step(f"{file} is ready: {card.architecture}, weights {card.weights}, {card.precision}, {size:.0f} MB")
+            fp32_dir = Path(scratch)
+            export.write_model(model, card, fp32_dir, check)
+            log_step(f"converting to {arguments.precision}, with {origin}")
+            model, card = quantize.quantize(model, card, fp32_dir, arguments.precision, images, origin)
+            log_step(f"  {quantize.describe_error(card.precision_error)}")
+            file = export.write_model(model, card, arguments.output, lambda _: None)
+    size_mb = sum(path.stat().st_size for path in arguments.output.glob(f"*{export.WEIGHTS_SUFFIX}")) / 1e6
+    log_step(f"{file} is ready: {card.architecture}, weights {card.weights}, {card.precision}, {size_mb:.0f} MB")
     if card.warning:
         print(*banner(card.warning), sep="\n")
     return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m model_export",
-        description="Exports a torchvision classifier, and checks the result against the original on photographs.",
+        description="Export a torchvision classifier to ONNX, and verify on photographs that the exported model gives "
+        "the original's answers.",
     )
-    parser.add_argument("--arch", default="alexnet", help="a classifier of torchvision.models (default alexnet)")
+    parser.add_argument(
+        "--arch", default="alexnet", help="name of a classifier in torchvision.models (default alexnet)"
+    )
     parser.add_argument(
         "--weights",
         default="pretrained",
-        help="pretrained: torchvision's for ImageNet, or fail (default); auto: those, or seeded:0 behind a warning; "
-        "seeded:N: untrained, from seed N; or the path of a state dict",
+        help="weights to export. pretrained: torchvision's ImageNet weights, an error if they cannot be downloaded "
+        "(default); auto: the same, but untrained weights and a warning if they cannot be downloaded; seeded:N: "
+        "untrained weights from random seed N; or the path of a state dict that torch.save wrote",
     )
     parser.add_argument(
         "--precision",
         default="fp32",
         choices=["fp32", "fp16", "int8"],
-        help="fp16 stores weights in half the room, int8 also computes in 8 bits; how far the answers then are from "
-        "fp32's is printed, and written into the model",
+        help="precision of the exported model (default fp32). fp16 stores the weights in half the size and computes "
+        "in fp32; int8 stores and computes in 8 bits. The error against fp32 is measured, printed and written into "
+        "the model",
     )
     parser.add_argument(
         "--calibration",
+        metavar="DIR",
         type=Path,
-        help="pictures to set int8's ranges by, in a directory; else scikit-image's photographs",
+        help="directory of images for --precision=int8 to take its value ranges from, and to measure the error of "
+        "fp16 or int8 on (default: scikit-image's photographs)",
     )
-    parser.add_argument("--output", default="model", type=Path, help="directory to write to (default model)")
+    parser.add_argument("--output", default="model", type=Path, help="directory to write the model to (default model)")
     return parser.parse_args()
 
 
 class _Progress:
+    """Printer of progress lines, each with the seconds since the start."""
+
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._started_at = time.monotonic()
 
     def __call__(self, text: str) -> None:
-        print(f"{time.monotonic() - self._start:6.1f} s  {text}", flush=True)
+        print(f"{time.monotonic() - self._started_at:6.1f} s  {text}", flush=True)
 
 
 def _terminate(*_: object) -> NoReturn:

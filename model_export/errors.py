@@ -1,4 +1,4 @@
-"""How an export ends when it fails: one line, a distinct exit code, and nothing left that a server would load."""
+"""Errors of an export: each ends it with one line and an exit code of its own, and no model is left to load."""
 
 from __future__ import annotations
 
@@ -6,24 +6,36 @@ from typing import ClassVar
 
 
 class ExportError(Exception):
-    """`str(error)` is the one line that says what to do."""
+    """Base class. `str(error)` is the line that the user sees; it says what to do."""
 
     exit_code: ClassVar[int]
 
 
-class BadRequest(ExportError):
-    """An unknown architecture, or weights that do not fit it."""
+class UsageError(ExportError):
+    """A flag's value makes no sense: an unknown architecture, or weights that do not fit it."""
 
     exit_code = 2
 
 
-class WeightsMissing(ExportError):
-    """The weights cannot be had: no network, no file, a wrong hash."""
+class WeightsUnavailable(ExportError):
+    """The weights cannot be read or downloaded: no file, no network, or a wrong hash."""
 
     exit_code = 3
 
 
-class Mismatch(ExportError):
-    """The exported model does not answer what the original answers."""
+class VerificationError(ExportError):
+    """The exported model's answers differ too much from the original's."""
 
     exit_code = 4
+
+
+class DependencyMissing(ExportError):
+    """A package that only the export needs, such as torch, is not installed."""
+
+    exit_code = 5
+
+
+class OutputError(ExportError):
+    """The model cannot be written: no permission, a full disk, or --output is not a directory."""
+
+    exit_code = 6

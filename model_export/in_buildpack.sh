@@ -1,6 +1,6 @@
 #!/bin/bash
-# A buildpack's step: exports a model into its layer $1, from an environment that is thrown away, and links it into the app.
-# ARCH, WEIGHTS and PRECISION are taken from the build's environment: `pack build --env WEIGHTS=pretrained`.
+# Build step of a buildpack: exports a model into the layer directory $1, in a temporary environment, and links it into the app.
+# ARCH, WEIGHTS and PRECISION come from the build's environment: `pack build --env WEIGHTS=pretrained`.
 set -euo pipefail
 
 environment=$(mktemp -d)
@@ -11,5 +11,5 @@ PIP_NO_CACHE_DIR=1 sh model_export/install.sh "$environment/bin/python"
 printf '[types]\nlaunch = true\n' > "$1/model.toml"
 ln -s "$1/model" model
 rm -rf "$environment" model_export requirements-*.txt
-# The server cannot write where it runs. By hash, since an image's files have no times.
+# Compiled here, because the server cannot write to its directory. Checked by hash, because files in the image have no modification times.
 python -m compileall -q --invalidation-mode checked-hash .

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Installs what the export needs into the environment of an interpreter: sh model_export/install.sh PYTHON
-# TORCH_INDEX_URL is where CPU builds of torch come from; where it is empty, or out of reach, pip's own index has builds
-# that bring 3 GB of CUDA. PIP is the pip to call.
+# Installs the requirements of the export for an interpreter: sh model_export/install.sh PYTHON
+# TORCH_INDEX_URL is the index of torch's CPU builds. If it is empty or unreachable, torch comes from pip's own index,
+# whose builds need 3 GB of CUDA libraries. PIP is the pip command to run.
 set -eu
 cd "$(dirname "$0")/.."
 index=${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu}
@@ -13,8 +13,8 @@ install() {
 
 if [ -n "$index" ]; then
   pins=$(grep -o '^torch[a-z]*==[0-9.]*' requirements-export.txt)
-  # shellcheck disable=SC2086 two arguments are meant
+  # shellcheck disable=SC2086 the pins are separate arguments
   install --retries 1 --no-deps --index-url "$index" $pins 2>/dev/null ||
-    echo "no torch from $index: taking the build of pip's own index"
+    echo "cannot install torch from $index: using the build of pip's own index"
 fi
 install -r requirements-export.txt

@@ -1,4 +1,4 @@
-"""Smaller forms of an exported model, weights in half precision or all in 8 bits, and how wrong they are."""
+"""Exported models in fp16 or int8: smaller than fp32, with a measured error."""
 
 from __future__ import annotations
 
@@ -15,65 +15,99 @@ import onnx_ir
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from model_export.errors import BadRequest, Mismatch
-from model_export.export import write
-from model_export.verify import photographs
+from model_export.errors import UsageError, VerificationError
+from model_export.export import write_model
+from model_export.verify import find_photographs
+from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.classifier import Classifier
-from pinnace.models.image import SIGNATURES
+from pinnace.models.image import SIGNATURES, decode
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
 
-WORTH_HALVING_BYTES = 4096  # biases stay exact
-LEAST_COSINE = {"fp16": 0.9999, "int8": 0.99}  # of an image's logits with those in fp32
+MIN_FP16_BYTES = 4096  # smaller tensors, such as biases, stay in FP32
+MIN_COSINE = {"fp16": 0.9999, "int8": 0.99}  # cosine similarity of an image's logits with fp32's
 
 
-def images(folder: Path | None) -> tuple[list[bytes], str]:
-    """Every picture in the folder, else the photographs of `verify`; and what they are. Raises BadRequest."""
-    if folder is None:
-        paths = photographs()
+def read_calibration_images(directory: Path | None) -> tuple[list[bytes], str]:
+    """Return the encoded images in the directory (None: scikit-image's photographs), and a phrase for their origin.
+
+    Raises UsageError if the directory has no images, or a damaged one.
+    """
+    if directory is None:
+        paths = find_photographs()
         return [path.read_bytes() for path in paths], f"{len(paths)} photographs of scikit-image"
-    found = [path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()]
-    pictures = [data for data in found if data.startswith(SIGNATURES)]
-    if not pictures:
-        raise BadRequest(f"--calibration={folder} has no pictures")
-    return pictures, f"{len(pictures)} pictures of --calibration"
+    images = []
+    for path in sorted(directory.glob("*")):
+        try:
+            data = path.read_bytes() if path.is_file() else b""
+            if data.startswith(SIGNATURES):
+                decode(data, Settings().max_image_pixels)
+                images.append(data)
+        except OSError as error:
+            raise UsageError(f"--calibration={directory}: cannot read {path.name}: {error.strerror}") from error
+        except (InvalidInput, TooLarge) as error:
+            raise UsageError(f"--calibration={directory}: remove {path.name}, which is {error}") from error
+    if not images:
+        raise UsageError(f"--calibration={directory} has no images")
+    return images, f"{len(images)} images of --calibration"
 
 
 def quantize(
-    model: onnx_ir.Model, card: ModelCard, exact: Path, precision: str, pictures: Sequence[bytes], origin: str
+    model: onnx_ir.Model, card: ModelCard, fp32_dir: Path, precision: str, images: Sequence[bytes], origin: str
 ) -> tuple[onnx_ir.Model, ModelCard]:
-    """The model, which lies exported in `exact`, in another precision; its card has the error. Raises Mismatch."""
-    made = to_half(model) if precision == "fp16" else to_int8(exact, pictures)
+    """Convert a model to fp16 or int8, and measure its error.
+
+    Args:
+        model: The model in FP32. It may be changed in place.
+        card: Its card.
+        fp32_dir: Directory of the same model, as `write_model` wrote it.
+        precision: fp16 or int8.
+        images: Encoded images to calibrate int8 and to measure the error on.
+        origin: A phrase for the images; the card names it beside the error.
+
+    Returns:
+        The converted model, and its card with the measured error.
+
+    Raises:
+        VerificationError: The logits are too far from those in FP32.
+    """
+    converted = convert_to_fp16(model) if precision == "fp16" else convert_to_int8(fp32_dir, images)
     card = replace(card, precision=precision)
-    made.metadata_props.update(card.to_properties())
+    converted.metadata_props.update(card.to_properties())
     with tempfile.TemporaryDirectory() as scratch:
-        write(made, card, Path(scratch), lambda _: None)
-        found = {"images": origin, **error(exact, Path(scratch), pictures)}
-    if not found["cosine_min"] >= LEAST_COSINE[precision]:
-        raise Mismatch(f"{precision} is too far from fp32: {in_words(found)}; another --calibration may help")
-    card = replace(card, precision_error=found)
-    made.metadata_props.update(card.to_properties())
-    return made, card
+        write_model(converted, card, Path(scratch), lambda _: None)
+        error = {"images": origin, **measure_error(fp32_dir, Path(scratch), images)}
+    if not error["cosine_min"] >= MIN_COSINE[precision]:
+        raise VerificationError(
+            f"{precision} is too far from fp32: {describe_error(error)}; try other images with --calibration"
+        )
+    card = replace(card, precision_error=error)
+    converted.metadata_props.update(card.to_properties())
+    return converted, card
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def describe_error(error: Mapping[str, Any]) -> str:
+    """Return the error that `measure_error` found, and the origin of its images, as a line of text."""
     return (
-        f"{found['images']}: cosine of the logits {found['cosine_min']:.4f} at least, relative L2 "
-        f"{found['relative_l2_max']:.3f} at most; the best class agrees on {found['top1_agreement']:.0%}, "
-        f"the five best to {found['top5_agreement']:.0%}"
+        f"error on {error['images']}: cosine similarity of the logits at least {error['cosine_min']:.4f}, relative L2 "
+        f"error at most {error['relative_l2_max']:.3f}, top-1 agreement {error['top1_agreement']:.0%}, top-5 agreement "
+        f"{error['top5_agreement']:.0%}"
     )
 
 
-def to_half(model: onnx_ir.Model) -> onnx_ir.Model:
-    """The same with its weights stored in FP16; each is cast to FP32 as it is loaded, so a CPU computes as ever."""
+def convert_to_fp16(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Store the model's weights in FP16, in place, and return the model.
+
+    A Cast converts each back to FP32 when the model is loaded, so the computation stays in FP32.
+    """
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or tensor.nbytes < WORTH_HALVING_BYTES:
+        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or tensor.nbytes < MIN_FP16_BYTES:
             continue
-        with np.errstate(over="ignore"):  # what FP16 cannot hold shows in the error
+        with np.errstate(over="ignore"):  # values that overflow FP16 show in the measured error
             half = onnx_ir.tensor(tensor.numpy().astype(np.float16), name=f"{name}_half")
         stored = onnx_ir.Value(name=half.name, type=onnx_ir.TensorType(half.dtype), shape=value.shape, const_value=half)
         cast = onnx_ir.node("Cast", [stored], attributes={"to": onnx_ir.DataType.FLOAT})
@@ -85,24 +119,27 @@ def to_half(model: onnx_ir.Model) -> onnx_ir.Model:
     return model
 
 
-def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
-    """The model of an export's directory in static QDQ form, weights per channel, calibrated on `pictures`."""
+def convert_to_int8(fp32_dir: Path, images: Sequence[bytes]) -> onnx_ir.Model:
+    """Return the model in `fp32_dir` in int8: static quantization (QDQ), weights per channel, calibrated on `images`.
 
-    class Pixels(CalibrationDataReader):  # type: ignore[misc]
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    """
+
+    class ImageReader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._rows = _rows(directory, pictures)
+            self._rows = _preprocess(fp32_dir, images)
 
         def get_next(self) -> Mapping[str, NDArray[np.float32]] | None:
             return next(self._rows, None)
 
     with tempfile.TemporaryDirectory() as scratch:
         quantized = Path(scratch) / "model.onnx"
-        logging.disable(logging.WARNING)  # it advises a preparation that torch's exporter has done
+        logging.disable(logging.WARNING)  # it advises a pre-processing step that torch's exporter has already done
         try:
             quantize_static(
-                directory / "model.onnx",
+                fp32_dir / "model.onnx",
                 quantized,
-                Pixels(),
+                ImageReader(),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
@@ -114,57 +151,62 @@ def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
 
 
 def pretranspose_gemm_weights(model: onnx_ir.Model) -> onnx_ir.Model:
-    """The same, with the 8-bit matrices of its linear layers stored as they are multiplied with, not transposed.
+    """Transpose the int8 weights of linear layers (Gemm with transB=1) in place, and return the model.
 
-    ONNX Runtime would transpose them at each load, in memory that it keeps: 36 MiB of AlexNet (measured).
+    ONNX Runtime would transpose them at every load, into memory that it keeps: 36 MiB for AlexNet (measured).
     """
     for node in model.graph:
         if node.op_type != "Gemm" or not node.attributes.get_int("transB", 0):
             continue
-        matrix = node.inputs[1]
-        scale = matrix.producer() if matrix else None
-        stored = scale.inputs[0] if scale else None
-        if not matrix or not scale or not stored or not stored.const_value or len(matrix.uses()) > 1:
+        weights = node.inputs[1]
+        dequantize = weights.producer() if weights else None
+        stored = dequantize.inputs[0] if dequantize else None
+        if not weights or not dequantize or not stored or not stored.const_value or len(weights.uses()) > 1:
             continue
-        turned = np.ascontiguousarray(stored.const_value.numpy().T)
-        stored.const_value, stored.shape = onnx_ir.tensor(turned, name=stored.name), onnx_ir.Shape(turned.shape)
-        scale.attributes["axis"] = onnx_ir.AttrInt64("axis", 1)
+        transposed = np.ascontiguousarray(stored.const_value.numpy().T)
+        stored.const_value, stored.shape = onnx_ir.tensor(transposed, name=stored.name), onnx_ir.Shape(transposed.shape)
+        dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 1)
         node.attributes["transB"] = onnx_ir.AttrInt64("transB", 0)
     return model
 
 
-def error(exact: Path, made: Path, pictures: Sequence[bytes]) -> dict[str, Any]:
-    """How far the logits of the model in `made` are from those of the one in `exact`: the worst and the mean image."""
-    prepared = list(_rows(exact, pictures))
-    expected, found = _logits(exact, prepared), _logits(made, prepared)
-    with np.errstate(all="ignore"):  # not-a-number is an answer here: the worst
-        cosine = (expected * found).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(found, axis=1)
-        relative = np.linalg.norm(expected - found, axis=1) / np.linalg.norm(expected, axis=1)
-    best, also = np.argsort(-expected, axis=1)[:, :5], np.argsort(-found, axis=1)[:, :5]
-    common = [len(set(one) & set(other)) / best.shape[1] for one, other in zip(best, also, strict=True)]
+def measure_error(fp32_dir: Path, converted_dir: Path, images: Sequence[bytes]) -> dict[str, Any]:
+    """Compare the logits of the model in `converted_dir` with those of the model in `fp32_dir`, image by image.
+
+    Returns:
+        The cosine similarity of the logits (lowest and mean), their relative L2 error (highest and mean), the share of
+        images with the same highest class, and the mean share of common classes among the five highest.
+    """
+    batches = list(_preprocess(fp32_dir, images))
+    expected, actual = _predict_logits(fp32_dir, batches), _predict_logits(converted_dir, batches)
+    with np.errstate(all="ignore"):  # the result may be NaN, which counts as too far
+        cosine = (expected * actual).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(actual, axis=1)
+        relative_l2 = np.linalg.norm(expected - actual, axis=1) / np.linalg.norm(expected, axis=1)
+    expected_top5, actual_top5 = (np.argsort(-logits, axis=1)[:, :5] for logits in (expected, actual))
+    common = [len({*row} & {*other}) / len(row) for row, other in zip(expected_top5, actual_top5, strict=True)]
     return {
         "cosine_min": float(cosine.min()),
         "cosine_mean": float(cosine.mean()),
-        "relative_l2_max": float(relative.max()),
-        "relative_l2_mean": float(relative.mean()),
-        "top1_agreement": float((best[:, 0] == also[:, 0]).mean()),
+        "relative_l2_max": float(relative_l2.max()),
+        "relative_l2_mean": float(relative_l2.mean()),
+        "top1_agreement": float((expected_top5[:, 0] == actual_top5[:, 0]).mean()),
         "top5_agreement": float(np.mean(common)),
     }
 
 
-def _classifier(directory: Path) -> Classifier:
+def _load_classifier(directory: Path) -> Classifier:
     classifier = Classifier(Settings(device="cpu"), directory)
     classifier.load()
     return classifier
 
 
-def _rows(directory: Path, pictures: Sequence[bytes]) -> Iterator[Mapping[str, NDArray[Any]]]:
-    """Each image as the server prepares it."""
-    classifier = _classifier(directory)
-    for image in pictures:
+def _preprocess(directory: Path, images: Sequence[bytes]) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """Yield a batch of one row per image, preprocessed as the server does it."""
+    classifier = _load_classifier(directory)
+    for image in images:
         yield classifier.preprocess(Request("model", (Tensor.from_values("image", "BYTES", [1], [image]),)))
 
 
-def _logits(directory: Path, prepared: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float32]:
-    classifier = _classifier(directory)
-    return np.concatenate([classifier.predict(rows)["logits"] for rows in prepared])
+def _predict_logits(directory: Path, batches: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float32]:
+    classifier = _load_classifier(directory)
+    return np.concatenate([classifier.predict(batch)["logits"] for batch in batches])

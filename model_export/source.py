@@ -1,4 +1,4 @@
-"""The original: torchvision's architecture, its preprocessing preset, and weights from wherever they were asked for."""
+"""The original model: torchvision's architecture and preprocessing preset, with the weights that --weights names."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from model_export.errors import BadRequest, WeightsMissing
-from model_export.vision import torchvision
+from model_export.errors import UsageError, WeightsUnavailable
+from model_export.torchvision_compat import torchvision
 from pinnace.observability.logging import banner
 
 LOGITS_STD = 5.0
+MAX_SEED = 2**63 - 1  # torch.manual_seed takes a signed 64-bit number
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A torchvision classifier in evaluation mode, and what is known of it.
+    """A torchvision classifier in evaluation mode, with its provenance.
 
-    `preset` is torchvision's ImageClassification for the architecture; `weights` as in the model card.
+    `preset` is torchvision's ImageClassification transform for the architecture; `labels` are in the order of the
+    logits; `weights` is written as in the model card (`pretrained:NAME`, `file:NAME` or `seeded:N`).
     """
 
     architecture: str
@@ -31,6 +33,7 @@ class Source:
 
     @property
     def weights_sha256(self) -> str:
+        """The SHA-256 of all parameters and buffers, with their names."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
@@ -39,24 +42,30 @@ class Source:
 
 
 def load_source(architecture: str, weights: str) -> Source:
-    """`weights` is pretrained, auto, seeded:N or the path of a state dict. Raises BadRequest and WeightsMissing."""
+    """Return the classifier `architecture` with `weights`: pretrained, auto, seeded:N or the path of a state dict.
+
+    Raises UsageError for an unknown architecture, a bad seed or weights that do not fit, and WeightsUnavailable if the
+    weights cannot be read or downloaded.
+    """
     if architecture not in torchvision.models.list_models(module=torchvision.models):
-        raise BadRequest(f"--arch {architecture} is none of torchvision's classifiers, such as alexnet or resnet50")
+        raise UsageError(
+            f"--arch {architecture}: torchvision has no such classifier; use a name such as alexnet or resnet50"
+        )
     entry = torchvision.models.get_model_weights(architecture).DEFAULT
     preset = entry.transforms()
     if weights == "auto":
         try:
             model, weights = _pretrained(architecture, entry)
-        except WeightsMissing as error:
-            warning = "Taking UNTRAINED weights instead (seeded:0): the answers will be meaningless"
+        except WeightsUnavailable as error:
+            warning = "Using UNTRAINED weights instead (seeded:0): the answers will be meaningless"
             print(error, *banner(warning), sep="\n")
             model, weights = _seeded(architecture, 0, preset.crop_size[0]), "seeded:0"
     elif weights == "pretrained":
         model, weights = _pretrained(architecture, entry)
     elif weights.startswith("seeded:"):
         seed = weights.removeprefix("seeded:")
-        if not seed.isdecimal():
-            raise BadRequest(f"--weights {weights}: the seed must be a whole number, as in seeded:0")
+        if not seed.isdecimal() or int(seed) > MAX_SEED:
+            raise UsageError(f"--weights {weights}: the seed must be a whole number from 0 to {MAX_SEED}")
         model = _seeded(architecture, int(seed), preset.crop_size[0])
     else:
         model, weights = _from_file(architecture, Path(weights)), f"file:{Path(weights).name}"
@@ -66,19 +75,20 @@ def load_source(architecture: str, weights: str) -> Source:
 def _pretrained(architecture: str, entry: Any) -> tuple[torch.nn.Module, str]:
     try:
         model = torchvision.models.get_model(architecture, weights=entry, progress=True)
-    except (OSError, RuntimeError) as error:  # no network or no disk; a wrong hash
-        raise WeightsMissing(
-            f"torchvision's weights of {architecture} cannot be had ({error}): "
-            "try again, or give a downloaded file as --weights FILE.pth"
+    except (OSError, RuntimeError) as error:  # no network, a full disk, or a wrong hash
+        raise WeightsUnavailable(
+            f"torchvision's weights for {architecture} cannot be downloaded ({error}): "
+            "try again, or pass a downloaded file as --weights FILE.pth"
         ) from error
     return model, f"pretrained:{entry.name}"
 
 
 def _seeded(architecture: str, seed: int, crop_pixels: int) -> torch.nn.Module:
-    """Untrained weights whose logits spread like a trained model's.
+    """Return the architecture with untrained weights whose logits vary as much as a trained model's.
 
-    With torchvision's own initial weights AlexNet's logits differ by 0.001 from picture to picture, and no comparison
-    within 1e-4 would notice a wrong pixel. He-normal layers carry the signal through; the last one sets its scale.
+    With torchvision's own initial weights AlexNet's logits differ by 0.001 from image to image, and a comparison within
+    1e-4 would not notice a wrong pixel. He-normal initialisation keeps the signal's variance from layer to layer; the
+    last layer is then scaled until the standard deviation of the logits is LOGITS_STD.
     """
     torch.manual_seed(seed)
     model: torch.nn.Module = torchvision.models.get_model(architecture, weights=None).eval()
@@ -89,7 +99,7 @@ def _seeded(architecture: str, seed: int, crop_pixels: int) -> torch.nn.Module:
             if layer.bias is not None:
                 layer.bias.zero_()
         spread = model(torch.randn(4, 3, crop_pixels, crop_pixels)).std().item()
-        layers[-1].weight *= float(f"{LOGITS_STD / spread:.2g}")  # rounded: the same weights on every machine
+        layers[-1].weight *= float(f"{LOGITS_STD / spread:.2g}")  # rounded, so that every machine gets the same weights
     return model
 
 
@@ -98,14 +108,14 @@ def _from_file(architecture: str, path: Path) -> torch.nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise WeightsMissing(
-            f"--weights {path}: {error.strerror}; it takes pretrained, auto, seeded:N or a file"
+        raise WeightsUnavailable(
+            f"--weights {path}: {error.strerror}; use pretrained, auto, seeded:N or the path of a file"
         ) from error
-    except Exception as error:  # whatever unpickling raises
-        raise BadRequest(f"--weights {path} is no state dict saved by torch.save") from error
+    except Exception as error:  # unpickling can raise anything
+        raise UsageError(f"--weights {path} is not a state dict that torch.save wrote") from error
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadRequest(f"--weights {path} does not fit {architecture}: {reason}") from error
+        raise UsageError(f"--weights {path} does not fit {architecture}: {reason}") from error
     return model

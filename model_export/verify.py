@@ -1,4 +1,4 @@
-"""Does the served model answer what the original answers? On real photographs, with the server's own predictor."""
+"""Verification of an exported model: its answers on photographs, by the server's own predictor, against torch's."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model_export.errors import Mismatch
+from model_export.errors import DependencyMissing, VerificationError
 from model_export.source import Source
-from model_export.vision import torchvision
+from model_export.torchvision_compat import torchvision
 from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
 
-MOST_LOGITS_DIFFERENCE = 1e-4
-MOST_PIXELS_DIFFERENCE = 1e-6
+MAX_LOGITS_DIFFERENCE = 1e-4
+MAX_PIXELS_DIFFERENCE = 1e-6
 PHOTOGRAPHS = (
     "astronaut.png",
     "chelsea.png",
@@ -33,7 +33,7 @@ PHOTOGRAPHS = (
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """The largest absolute difference over all photographs."""
+    """The largest absolute differences between the exported model and the original, over all photographs."""
 
     pixels: float
     logits: float
@@ -43,19 +43,23 @@ class Differences:
         return f"{self.photographs} photographs: pixels within {self.pixels:.1e}, logits within {self.logits:.1e}"
 
 
-def photographs() -> list[Path]:
-    """Real ones, colour, of several sizes: those that scikit-image ships."""
+def find_photographs() -> list[Path]:
+    """Return the paths of scikit-image's colour photographs, of several sizes. Raises DependencyMissing."""
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        raise Mismatch(
-            "scikit-image, whose photographs an export is checked on, is missing: see requirements-export.txt"
+        raise DependencyMissing(
+            "scikit-image, on whose photographs an export is verified, is not installed: "
+            "install requirements-export.txt"
         )
     return [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
 
 
 def compare(source: Source, model_dir: Path) -> Differences:
-    """All photographs as one batch through the server's predictor, against each alone through torchvision and torch."""
-    paths = photographs()
+    """Compare the exported model with the original.
+
+    The server's predictor gets all photographs as one batch; torchvision and torch get one at a time.
+    """
+    paths = find_photographs()
     classifier = Classifier(Settings(device="cpu"), model_dir)
     classifier.load()
     images = Tensor.from_values("image", "BYTES", [len(paths)], [path.read_bytes() for path in paths])
@@ -72,12 +76,12 @@ def compare(source: Source, model_dir: Path) -> Differences:
 
 
 def verify(source: Source, model_dir: Path) -> Differences:
-    """Raises Mismatch beyond the bounds."""
+    """Return the differences between the exported model and the original. Raises VerificationError if too large."""
     differences = compare(source, model_dir)
-    # Written so that not-a-number fails too.
-    if not (differences.pixels <= MOST_PIXELS_DIFFERENCE and differences.logits <= MOST_LOGITS_DIFFERENCE):
-        raise Mismatch(
-            f"the exported model differs from the original on {differences}; "
-            f"at most {MOST_PIXELS_DIFFERENCE:.0e} and {MOST_LOGITS_DIFFERENCE:.0e} are allowed"
+    # Not `>`: every comparison with NaN is false, and NaN must fail.
+    if not (differences.pixels <= MAX_PIXELS_DIFFERENCE and differences.logits <= MAX_LOGITS_DIFFERENCE):
+        raise VerificationError(
+            f"the exported model differs from the original on {differences}; at most {MAX_PIXELS_DIFFERENCE:.0e} and "
+            f"{MAX_LOGITS_DIFFERENCE:.0e} are allowed: use the versions in requirements-export.txt"
         )
     return differences

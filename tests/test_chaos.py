@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 import pytest
 
-from bench.subject import memory_mib
+from bench.server_process import memory_mib
 from tests.marks import chaos
 from tests.support.callers import Caller, Grpc, Http2, KeepAlive
 from tests.support.clients import INFER, PREDICT, make_v1_request

@@ -1,4 +1,4 @@
-"""clients/: their output, and the one line that they print when something fails."""
+"""clients/: their output, their exit codes, and their error messages of one line."""
 
 from __future__ import annotations
 
@@ -40,39 +40,37 @@ def run_client(*arguments: str, port: int = 1, **environment: str) -> subprocess
     )
 
 
-BOTH_CLIENTS = pytest.mark.parametrize("name", ["rest_client", "grpc_client"])
+both_clients = pytest.mark.parametrize("name", ["rest_client", "grpc_client"])
 
 
-def get_port(server: Server, name: str) -> int:
+def port_of(server: Server, name: str) -> int:
     return server.http_port if name == "rest_client" else server.grpc_port
 
 
-def get_expected_classes(server: Server, picture: bytes) -> list[tuple[str, float]]:
+def predict_classes(server: Server, picture: bytes) -> list[tuple[str, float]]:
     request = {**json.loads(make_v1_request(picture)), "signature_name": "classification"}
     (row,) = server.predict(json.dumps(request)).json()["predictions"]
-    return [(found["label"], found["probability"]) for found in row]
+    return [(entry["label"], entry["probability"]) for entry in row]
 
 
-@BOTH_CLIENTS
+@both_clients
 def test_a_client_prints_the_labels_and_the_time_of_each_picture(name: str, server: Server, tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(CAT)
 
-    done = run_client(f"clients.{name}", f"{tmp_path}/*.png", port=get_port(server, name))
+    done = run_client(f"clients.{name}", f"{tmp_path}/*.png", port=port_of(server, name))
 
     lines = done.stdout.splitlines()
     assert [re.sub(r"\d+ ms$", "", line) for line in lines[::6]] == [
         f"{tmp_path}/{number}.png  " for number in range(3)
     ]
-    assert lines[1:6] == [f"  {probability:6.1%}  {label}" for label, probability in get_expected_classes(server, CAT)]
-    assert re.fullmatch(r"3 pictures in [\d.]+ s, [\d.]+ a second, 0 failed\n", done.stderr)
+    assert lines[1:6] == [f"  {probability:6.1%}  {label}" for label, probability in predict_classes(server, CAT)]
+    assert re.fullmatch(r"3 pictures in [\d.]+ s, [\d.]+ per second, 0 failed\n", done.stderr)
 
 
-@BOTH_CLIENTS
+@both_clients
 @pytest.mark.parametrize("kind", ["V1 request", "V2 request", "URL"])
-def test_a_client_reads_requests_of_either_protocol_and_urls(
-    name: str, kind: str, server: Server, tmp_path: Path
-) -> None:
+def test_a_client_reads_v1_requests_v2_requests_and_urls(name: str, kind: str, server: Server, tmp_path: Path) -> None:
     request = json.loads(make_v1_request(CAT))
     if kind == "V2 request":
         text = request["instances"][0]["image"]["b64"]
@@ -81,13 +79,14 @@ def test_a_client_reads_requests_of_either_protocol_and_urls(
     (tmp_path / "cat.png").write_bytes(CAT)
     with serve_files(tmp_path) as url:
         source = f"{url}/cat.png" if kind == "URL" else f"{tmp_path}/input.json"
-        done = run_client(f"clients.{name}", source, "--format=json", port=get_port(server, name))
+        done = run_client(f"clients.{name}", source, "--format=json", port=port_of(server, name))
 
-    (found,) = json.loads(done.stdout)
-    assert found["picture"].startswith(source)
-    classes = get_expected_classes(server, CAT)
-    assert [entry["label"] for entry in found["classes"]] == [label for label, _ in classes]
-    assert [entry["probability"] for entry in found["classes"]] == pytest.approx([share for _, share in classes])
+    (result,) = json.loads(done.stdout)
+    assert result["picture"].startswith(source)
+    classes = predict_classes(server, CAT)
+    assert [entry["label"] for entry in result["classes"]] == [label for label, _ in classes]
+    probabilities = [entry["probability"] for entry in result["classes"]]
+    assert probabilities == pytest.approx([probability for _, probability in classes])
 
 
 @contextmanager
@@ -103,64 +102,64 @@ def serve_files(folder: Path) -> Iterator[str]:
             thread.join()
 
 
-@BOTH_CLIENTS
-def test_failures_are_reported_and_the_other_results_are_written(name: str, server: Server, tmp_path: Path) -> None:
+@both_clients
+def test_failed_pictures_are_reported_and_the_others_are_written(name: str, server: Server, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(CAT)
     (tmp_path / "half.png").write_bytes(CAT[:200])
     pictures = [f"{tmp_path}/half.png", f"{tmp_path}/cat.png", "absent.jpg"]
 
     done = run_client(
-        f"clients.{name}", *pictures, "--format=csv", f"--output={tmp_path}/found.csv", port=get_port(server, name)
+        f"clients.{name}", *pictures, "--format=csv", f"--output={tmp_path}/results.csv", port=port_of(server, name)
     )
 
-    problems = done.stderr.splitlines()
-    assert (done.returncode, done.stdout, len(problems)) == (1, "", 3)
-    assert problems[0].startswith(f"{name}: {tmp_path}/half.png: 127.0.0.1:{get_port(server, name)} answered ")
-    assert problems[1] == f"{name}: absent.jpg: No such file or directory"
-    assert problems[2].endswith(", 2 failed")
-    rows = list(csv.DictReader((tmp_path / "found.csv").read_text().splitlines()))
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (1, "", 3)
+    assert lines[0].startswith(f"{name}: {tmp_path}/half.png: 127.0.0.1:{port_of(server, name)} answered ")
+    assert lines[1] == f"{name}: absent.jpg: No such file or directory"
+    assert lines[2].endswith(", 2 failed")
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [row["picture"] for row in rows] == [f"{tmp_path}/cat.png"] * 5
-    assert [row["label"] for row in rows] == [label for label, _ in get_expected_classes(server, CAT)]
+    assert [row["label"] for row in rows] == [label for label, _ in predict_classes(server, CAT)]
 
 
-@BOTH_CLIENTS
+@both_clients
 def test_a_client_sends_its_key_and_certificate(name: str, model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
     authority = make_identity(tmp_path, "authority", None)
-    server_identity, client_identity = (make_identity(tmp_path, owner, authority) for owner in ("server", "client"))
-    required = (f"--ssl_ca_certs={authority.certificate}", f"--api_key_file={tmp_path}/key")
-    certificate = (f"--ssl_certfile={client_identity.certificate}", f"--ssl_keyfile={client_identity.key}")
-    tls = (f"--ssl_certfile={server_identity.certificate}", f"--ssl_keyfile={server_identity.key}")
-    with run_server(f"--model_dir={model_dir}", *tls, *required) as server:
+    server_party, client_party = (make_identity(tmp_path, party, authority) for party in ("server", "client"))
+    ca_and_key = (f"--ssl_ca_certs={authority.certificate}", f"--api_key_file={tmp_path}/key")
+    client_certificate = (f"--ssl_certfile={client_party.certificate}", f"--ssl_keyfile={client_party.key}")
+    server_certificate = (f"--ssl_certfile={server_party.certificate}", f"--ssl_keyfile={server_party.key}")
+    with run_server(f"--model_dir={model_dir}", *server_certificate, *ca_and_key) as server:
         picture = (f"clients.{name}", "examples/picture.jpg")
-        address = f"--address=localhost:{get_port(server, name)}"
-        accepted = run_client(*picture, address, *required, *certificate)
-        without_certificate = run_client(*picture, address, *required)
-        without_key = run_client(*picture, address, required[0], *certificate)
+        address = f"--address=localhost:{port_of(server, name)}"
+        accepted = run_client(*picture, address, *ca_and_key, *client_certificate)
+        without_certificate = run_client(*picture, address, *ca_and_key)
+        without_key = run_client(*picture, address, ca_and_key[0], *client_certificate)
 
     assert (accepted.returncode, len(accepted.stdout.splitlines())) == (0, 6)
     assert (without_certificate.returncode, len(without_certificate.stderr.splitlines())) == (1, 1)
     assert (without_key.returncode, "an API key is required" in without_key.stderr) == (1, True)
 
 
-@BOTH_CLIENTS
-def test_a_client_retries_when_the_server_is_overloaded(name: str, model_dir: Path, tmp_path: Path) -> None:
+@both_clients
+def test_a_client_retries_when_the_server_is_busy(name: str, model_dir: Path, tmp_path: Path) -> None:
     for number in range(3):
-        Image.new("RGB", (4000, 4000)).save(tmp_path / f"{number}.jpg")  # large, so that the requests overlap
+        Image.new("RGB", (4000, 4000)).save(tmp_path / f"{number}.jpg")  # large, so that each decode takes a while
 
     with run_server(f"--model_dir={model_dir}", "--max_concurrent_requests=1") as server:
-        done = run_client(f"clients.{name}", f"{tmp_path}/*.jpg", "--connections=3", port=get_port(server, name))
+        done = run_client(f"clients.{name}", f"{tmp_path}/*.jpg", "--connections=3", port=port_of(server, name))
         assert 'outcome="rejected"' in server.get("/metrics").text
 
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 18)
 
 
-@BOTH_CLIENTS
-def test_a_client_calls_the_model_and_the_host_of_the_environment(name: str, server: Server) -> None:
+@both_clients
+def test_a_client_takes_the_model_and_the_host_from_the_environment(name: str, server: Server) -> None:
     done = run_client(
         f"clients.{name}",
         "examples/picture.jpg",
-        port=get_port(server, name),
+        port=port_of(server, name),
         MODEL_NAME="other",
         SERVICE_HOSTNAME="custom-model.example.com",
     )
@@ -170,22 +169,38 @@ def test_a_client_calls_the_model_and_the_host_of_the_environment(name: str, ser
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "problem"),
+    ("arguments", "code", "message"),
     [
         (["clients.grpc_client", "absent.json"], 1, "grpc_client: absent.json: No such file or directory\n"),
         (["clients.grpc_client", "examples/picture.jpg"], 1, "grpc_client: examples/picture.jpg: 127.0.0.1:1 "),
         (["clients.rest_client", "examples/picture.jpg"], 1, "rest_client: examples/picture.jpg: 127.0.0.1:1 "),
-        (["clients.rest_client", "a.jpg", "--ssl_ca_certs=none"], 2, "rest_client: --ssl_ca_certs=none is no file\n"),
+        (["clients.rest_client", "a.jpg", "--ssl_ca_certs=none"], 2, "rest_client: --ssl_ca_certs=none is not a "),
         (["clients.rest_client", "a.jpg", "--timeout_seconds=0"], 2, "rest_client: --timeout_seconds must be more"),
+        (["clients.grpc_client", "a.jpg", "--ssl_ca_certs=README.md"], 2, "grpc_client: --ssl_ca_certs=README.md has"),
+        (["clients.grpc_client", "a.jpg", "--ssl_certfile=README.md"], 2, "grpc_client: --ssl_certfile needs --ssl_c"),
+        (["clients.grpc_client", "a.jpg", "--ssl_keyfile=README.md"], 2, "grpc_client: --ssl_keyfile needs --ssl_c"),
+        (["clients.grpc_client", "a.jpg", "--api_key_file=README.md"], 1, "grpc_client: the API key must be prin"),
         (["clients.make_input"], 2, "usage: make_input.py PICTURE [PICTURE …] > input.json\n"),
         (["clients.make_input", "absent.jpg"], 1, "make_input.py: absent.jpg: No such file or directory\n"),
     ],
 )  # fmt: skip
-def test_a_client_that_fails_prints_one_line(arguments: list[str], code: int, problem: str) -> None:
+def test_a_client_that_cannot_do_its_work_ends_with_one_line(arguments: list[str], code: int, message: str) -> None:
     done = run_client(*arguments)
 
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
-    assert done.stderr.startswith(problem)
+    assert done.stderr.startswith(message)
+
+
+@both_clients
+def test_a_certificate_and_key_that_do_not_belong_together_are_reported_in_one_line(name: str, tmp_path: Path) -> None:
+    authority = make_identity(tmp_path, "authority", None)
+    client, other = (make_identity(tmp_path, party, authority) for party in ("client", "other"))
+    flags = (f"--ssl_ca_certs={authority.certificate}", f"--ssl_certfile={client.certificate}")
+
+    done = run_client(f"clients.{name}", "a.jpg", *flags, f"--ssl_keyfile={other.key}")
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.endswith("are not a certificate and its key in PEM format\n")
 
 
 def test_a_port_that_does_not_speak_http_is_reported_in_one_line(server: Server) -> None:
@@ -196,23 +211,23 @@ def test_a_port_that_does_not_speak_http_is_reported_in_one_line(server: Server)
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_closed_standard_output_is_not_reported_as_a_failed_picture(server: Server, tmp_path: Path) -> None:
+def test_a_closed_standard_output_ends_the_client_silently(server: Server, tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(CAT)
     command = [sys.executable, "-m", "clients.rest_client", f"--address=127.0.0.1:{server.http_port}"]
 
     with subprocess.Popen(
         [*command, f"{tmp_path}/*.png"], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as reading:
-        assert reading.stdout
-        assert reading.stderr
-        reading.stdout.readline()
-        reading.stdout.close()
-        assert (reading.stderr.read(), reading.wait(timeout=60)) == ("", 1)
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == ("", 1)
 
 
-def test_an_interrupt_ends_the_client(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
-    held = make_gate("held")
+def test_an_interrupt_ends_the_client_without_waiting(tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    held = gate("held")
     request = {"instances": [{"image": {"b64": base64.b64encode(b"held").decode()}}] * 50}
     (tmp_path / "input.json").write_text(json.dumps(request))
     with run_gated_server(tmp_path, "--max_asyncio_workers=1") as server:
@@ -227,15 +242,15 @@ def test_an_interrupt_ends_the_client(tmp_path: Path, make_gate: Callable[[str],
             assert "Traceback" not in cli.stderr.read()
 
 
-def test_a_json_file_that_is_no_request_is_refused(tmp_path: Path) -> None:
+def test_a_json_file_that_is_no_request_is_reported(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text('{"instances": [1]}')
 
     done = run_client("clients.grpc_client", f"{tmp_path}/odd.json")
 
-    assert done.stderr == f"grpc_client: {tmp_path}/odd.json is no V1 or V2 request with pictures\n"
+    assert done.stderr == f"grpc_client: {tmp_path}/odd.json is not a V1 or V2 request with pictures\n"
 
 
-def test_make_input_writes_a_request_with_every_picture(tmp_path: Path, server: Server) -> None:
+def test_make_input_writes_a_request_with_all_pictures(tmp_path: Path, server: Server) -> None:
     (tmp_path / "cat.png").write_bytes(CAT)
     (tmp_path / "grey.jpg").write_bytes(MODES["JPEG grey"])
 
@@ -244,10 +259,10 @@ def test_make_input_writes_a_request_with_every_picture(tmp_path: Path, server: 
     assert json.loads(done.stdout) == json.loads(make_v1_request(CAT, MODES["JPEG grey"]))
 
 
-def test_the_example_picture_is_what_draw_draws() -> None:
+def test_the_example_equals_what_its_script_draws() -> None:
     with Image.open(PROJECT / "examples/picture.jpg") as picture:
         difference = np.asarray(ImageChops.difference(picture, draw()))
 
-    assert difference.max() < 64  # what JPEG loses at the edges
+    assert difference.max() < 64  # JPEG's loss at the edges
     request = json.loads((PROJECT / "examples/input.json").read_text())
     assert request == json.loads(make_v1_request((PROJECT / "examples/picture.jpg").read_bytes()))

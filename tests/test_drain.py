@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from bench.subject import children
+from bench.server_process import children
 from tests.marks import chaos
 from tests.support.callers import Caller, Grpc, Http2, KeepAlive, Refused
 from tests.support.clients import make_v1_request

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
-from bench.subject import memory_mib
+from bench.server_process import memory_mib
 from model_export.source import Source
 from pinnace import __version__
 from pinnace.settings import MIB

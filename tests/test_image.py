@@ -17,7 +17,7 @@ from PIL import Image
 
 from model_export.export import make_card
 from model_export.source import Source
-from model_export.vision import torchvision
+from model_export.torchvision_compat import torchvision
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.image import Preprocessing, decode, image_bytes
 from tests.support.hostile import make_png

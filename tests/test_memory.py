@@ -36,7 +36,7 @@ libc.fflush(None)
 FREE_AND_TRIM = """
 import os
 from pinnace.memory import trim_malloc, limit_malloc_arenas
-from bench.subject import memory_mib
+from bench.server_process import memory_mib
 
 def rss_mib():
     return memory_mib(os.getpid(), "Rss")

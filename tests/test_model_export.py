@@ -1,4 +1,4 @@
-"""model_export: the files that it writes, its errors, and the files that a failed export leaves."""
+"""model_export: the files it writes, its exit codes, and that a failed export leaves no model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ import onnxruntime
 import pytest
 import torch
 
-from model_export.errors import Mismatch
-from model_export.export import convert, make_card, remove_identity_pools, write
+from model_export.errors import OutputError, VerificationError
+from model_export.export import convert, make_card, remove_identity_pools, write_model
 from model_export.source import Source, load_source
+from model_export.torchvision_compat import torchvision
 from model_export.verify import verify
-from model_export.vision import torchvision
 from pinnace.models.classifier import Classifier
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
@@ -32,12 +33,14 @@ from tests.support.servers import PROJECT
 TUTORIAL_LOGITS = [14.976, 14.037, 13.966, 12.252, 12.086]
 
 
-def run_export(output: Path, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command. `home` replaces the directory in which torch caches downloads."""
+def export(
+    output: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m model_export` with further environment variables."""
     return subprocess.run(
         [sys.executable, "-m", "model_export", "--output", str(output), *arguments],
         cwd=PROJECT,
-        env={**os.environ, "TORCH_HOME": str(home)} if home else None,
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=300,
@@ -49,7 +52,7 @@ def read_card(model_dir: Path) -> ModelCard:
     return ModelCard.from_properties(OnnxSession(model_dir, "cpu", 1).metadata)
 
 
-def test_an_export_is_one_model_one_file_of_weights_and_checksums(model_dir: Path) -> None:
+def test_an_export_writes_an_onnx_file_a_weights_file_and_checksums(model_dir: Path) -> None:
     card = read_card(model_dir)
 
     assert sorted(file.name for file in model_dir.iterdir()) == [
@@ -58,10 +61,10 @@ def test_an_export_is_one_model_one_file_of_weights_and_checksums(model_dir: Pat
         "model.onnx",
     ]
     assert (model_dir / "model.onnx").stat().st_size < 200_000
-    assert verify_checksums(model_dir)
+    assert checksums_match(model_dir)
 
 
-def test_the_model_contains_its_card(model_dir: Path, original: Source) -> None:
+def test_the_models_metadata_is_its_card(model_dir: Path, original: Source) -> None:
     card = read_card(model_dir)
 
     assert (card.architecture, card.weights, card.precision, card.opset) == ("alexnet", "seeded:0", "fp32", 20)
@@ -73,13 +76,13 @@ def test_the_model_contains_its_card(model_dir: Path, original: Source) -> None:
     assert "UNTRAINED WEIGHTS (seeded:0)" in card.warning
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(original: Source) -> None:
+def test_a_seed_determines_the_weights(original: Source) -> None:
     assert load_source("alexnet", "seeded:0").weights_sha256 == original.weights_sha256
     assert load_source("alexnet", "seeded:1").weights_sha256 != original.weights_sha256
 
 
-def test_another_architecture_is_exported_and_served_with_its_preset(tmp_path: Path) -> None:
-    done = run_export(tmp_path, "--arch", "resnet18", "--weights", "seeded:7")
+def test_another_architecture_is_exported_and_served_with_its_own_preset(tmp_path: Path) -> None:
+    done = export(tmp_path, "--arch", "resnet18", "--weights", "seeded:7")
     assert done.returncode == 0, done.stderr
     classifier = Classifier(Settings(), tmp_path)
     classifier.load()
@@ -93,7 +96,7 @@ def test_another_architecture_is_exported_and_served_with_its_preset(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("attributes", "kept"),
+    ("attributes", "is_kept"),
     [
         ("kernel_shape = [1, 1]", False),
         ("kernel_shape = [1, 1], strides = [1, 1], pads = [0, 0, 0, 0]", False),
@@ -101,7 +104,7 @@ def test_another_architecture_is_exported_and_served_with_its_preset(tmp_path: P
         ("kernel_shape = [1, 1], strides = [2, 2]", True),
     ],
 )
-def test_an_average_pool_of_single_values_is_removed(attributes: str, kept: bool) -> None:
+def test_average_pools_of_a_single_value_are_removed(attributes: str, is_kept: bool) -> None:
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 20]>
         g (float[rows, 3, 4, 4] pixels) => (float[rows, 3, h, w] logits) {{
             pooled = AveragePool <{attributes}> (pixels)
@@ -109,21 +112,21 @@ def test_an_average_pool_of_single_values_is_removed(attributes: str, kept: bool
         }}""")
     pixels = np.arange(-48, 48, dtype=np.float32).reshape(2, 3, 4, 4)
 
-    converted = onnx_ir.to_proto(remove_identity_pools(onnx_ir.from_proto(model)))
+    simplified = onnx_ir.to_proto(remove_identity_pools(onnx_ir.from_proto(model)))
 
-    assert [node.op_type for node in converted.graph.node] == (["AveragePool", "Relu"] if kept else ["Relu"])
-    expected, found = (
+    assert [node.op_type for node in simplified.graph.node] == (["AveragePool", "Relu"] if is_kept else ["Relu"])
+    expected, actual = (
         onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"pixels": pixels})[0]
-        for proto in (model, converted)
+        for proto in (model, simplified)
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_state_dict_is_exported_as_trained_weights(tmp_path: Path) -> None:
     file = tmp_path / "mine.pth"
     torch.save(load_source("squeezenet1_1", "seeded:3").model.state_dict(), file)
 
-    done = run_export(tmp_path / "model", "--arch", "squeezenet1_1", "--weights", str(file))
+    done = export(tmp_path / "model", "--arch", "squeezenet1_1", "--weights", str(file))
 
     assert done.returncode == 0, done.stderr
     card = read_card(tmp_path / "model")
@@ -142,44 +145,46 @@ def test_progress_and_the_largest_difference_are_printed(export_output: tuple[Pa
 
 def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:
     for seed in (0, 1):
-        assert run_export(tmp_path, "--arch", "squeezenet1_1", "--weights", f"seeded:{seed}").returncode == 0
+        assert export(tmp_path, "--arch", "squeezenet1_1", "--weights", f"seeded:{seed}").returncode == 0
 
     assert read_card(tmp_path).weights == "seeded:1"
     assert len(list(tmp_path.glob("*.weights"))) == 1
-    assert verify_checksums(tmp_path)
+    assert checksums_match(tmp_path)
 
 
-def verify_checksums(folder: Path) -> bool:
+def checksums_match(folder: Path) -> bool:
     done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, check=False)
     return done.returncode == 0
 
 
-def test_a_model_with_other_logits_than_the_original_is_refused(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_with_other_answers_fails_the_verification(model_dir: Path, tmp_path: Path) -> None:
     other = load_source("alexnet", "seeded:1")
 
-    with pytest.raises(Mismatch, match=r"differs from the original on 8 photographs: pixels within 0\.0e\+00, logits"):
+    with pytest.raises(
+        VerificationError, match=r"differs from the original on 8 photographs: pixels within 0\.0e\+00, logits"
+    ):
         verify(other, model_dir)
 
 
 def test_a_failed_verification_leaves_no_files(tmp_path: Path, original: Source) -> None:
     card = make_card(original)
 
-    def refuse(directory: Path) -> None:
+    def reject(directory: Path) -> None:
         assert (directory / "model.onnx").exists()
-        raise Mismatch("not this time")
+        raise VerificationError("rejected by the test")
 
-    with pytest.raises(Mismatch):
-        write(convert(original, card), card, tmp_path, refuse)
+    with pytest.raises(VerificationError):
+        write_model(convert(original, card), card, tmp_path, reject)
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_no_files_that_a_server_would_load(tmp_path: Path) -> None:
+def test_a_killed_export_leaves_nothing_that_a_server_would_load(tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-m", "model_export", "--weights", "seeded:0", "--output", str(tmp_path)]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
-            if "comparing" in line:  # both files are written, under another name
+            if "comparing" in line:  # both files are written, in the staging directory
                 process.kill()
 
     assert not (tmp_path / "model.onnx").exists()
@@ -189,32 +194,56 @@ def test_a_killed_export_leaves_no_files_that_a_server_would_load(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (["--arch", "lenet"], 2, "--arch lenet is none of torchvision's classifiers, such as alexnet or resnet50"),
-        (["--arch", "fcn_resnet50"], 2, "--arch fcn_resnet50 is none of torchvision's classifiers"),
-        (["--weights", "seeded:x"], 2, "--weights seeded:x: the seed must be a whole number, as in seeded:0"),
+        (
+            ["--arch", "lenet"],
+            2,
+            "--arch lenet: torchvision has no such classifier; use a name such as alexnet or resnet50",
+        ),
+        (["--arch", "fcn_resnet50"], 2, "--arch fcn_resnet50: torchvision has no such classifier"),
+        (["--weights", "seeded:x"], 2, "--weights seeded:x: the seed must be a whole number from 0 to"),
+        (["--weights", f"seeded:{2**63}"], 2, f"--weights seeded:{2**63}: the seed must be a whole number from 0 to"),
         (
             ["--weights", "no.pth"],
             3,
-            "--weights no.pth: No such file or directory; it takes pretrained, auto, seeded:N",
+            "--weights no.pth: No such file or directory; use pretrained, auto, seeded:N",
         ),
-        (["--weights", "README.md"], 2, "--weights README.md is no state dict saved by torch.save"),
+        (["--weights", "README.md"], 2, "--weights README.md is not a state dict that torch.save wrote"),
     ],
 )
-def test_a_failed_export_has_its_exit_code_and_one_line(
+def test_a_failed_export_ends_with_one_line_and_its_own_exit_code(
     arguments: list[str], code: int, problem: str, tmp_path: Path
 ) -> None:
-    done = run_export(tmp_path / "model", *arguments)
+    done = export(tmp_path / "model", *arguments)
 
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
     assert done.stderr.startswith(f"model_export: {problem}")
     assert not (tmp_path / "model").exists()
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+def test_an_output_that_is_no_directory_is_an_error(tmp_path: Path, original: Source) -> None:
+    (tmp_path / "file").write_text("")
+    card = make_card(original)
+
+    with pytest.raises(
+        OutputError, match=r"cannot write the model to .*/file: File exists; choose a writable directory"
+    ):
+        write_model(convert(original, card), card, tmp_path / "file", lambda _: None)
+
+
+def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(name='torch')")
+
+    done = export(tmp_path / "model", environment={"PYTHONPATH": str(tmp_path)})
+
+    assert done.stderr == "model_export: torch is not installed: install requirements-export.txt\n"
+    assert done.returncode == 5
+
+
+def test_weights_of_another_architecture_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "other.pth"
     torch.save(load_source("squeezenet1_1", "seeded:0").model.state_dict(), file)
 
-    done = run_export(tmp_path / "model", "--weights", str(file))
+    done = export(tmp_path / "model", "--weights", str(file))
 
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "does not fit alexnet: Error(s) in loading state_dict for AlexNet: Missing key(s)" in done.stderr
@@ -222,35 +251,42 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set a proxy that does not answer, so that torchvision's weights cannot be downloaded."""
+    """Make torchvision's weights unreachable: no proxy listens at this address."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
 
 
 @pytest.mark.usefixtures("unreachable")
 def test_pretrained_without_network_fails_with_one_line_and_leaves_no_model(tmp_path: Path) -> None:
-    done = run_export(tmp_path / "model", "--weights", "pretrained", home=tmp_path / "cache")
+    done = export(tmp_path / "model", "--weights", "pretrained", environment={"TORCH_HOME": str(tmp_path / "cache")})
 
     lines = [line for line in done.stderr.splitlines() if not line.startswith("Downloading: ")]
     assert done.returncode == 3
     assert len(lines) == 1
-    assert lines[0].startswith("model_export: torchvision's weights of alexnet cannot be had (")
-    assert lines[0].endswith("try again, or give a downloaded file as --weights FILE.pth")
+    assert lines[0].startswith("model_export: torchvision's weights for alexnet cannot be downloaded (")
+    assert lines[0].endswith("try again, or pass a downloaded file as --weights FILE.pth")
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_auto_without_network_takes_seeded_weights_with_a_warning(tmp_path: Path) -> None:
-    done = run_export(tmp_path / "model", "--weights", "auto", "--arch", "squeezenet1_1", home=tmp_path / "cache")
+def test_auto_without_network_uses_seeded_weights_and_prints_a_warning(tmp_path: Path) -> None:
+    done = export(
+        tmp_path / "model",
+        "--weights",
+        "auto",
+        "--arch",
+        "squeezenet1_1",
+        environment={"TORCH_HOME": str(tmp_path / "cache")},
+    )
 
     assert done.returncode == 0, done.stderr
-    assert "Taking UNTRAINED weights instead (seeded:0): the answers will be meaningless" in done.stdout
+    assert "Using UNTRAINED weights instead (seeded:0): the answers will be meaningless" in done.stdout
     assert read_card(tmp_path / "model").weights == "seeded:0"
 
 
-def test_pretrained_weights_give_the_tutorials_answer_to_its_picture(tmp_path: Path) -> None:
+def test_pretrained_weights_give_the_tutorials_answer_for_the_tutorials_picture(tmp_path: Path) -> None:
     if "the tutorial's" not in PHOTOGRAPHS:
         pytest.skip(f"the tutorial's picture is not at {TUTORIAL_REQUEST.name}")
-    done = run_export(tmp_path, "--weights", "pretrained")
+    done = export(tmp_path, "--weights", "pretrained")
     if done.returncode == 3:
         pytest.skip(
             "torchvision's pretrained weights cannot be downloaded here; with them the tutorial's picture must give "
@@ -267,13 +303,13 @@ def test_pretrained_weights_give_the_tutorials_answer_to_its_picture(tmp_path: P
 
 
 @pytest.mark.parametrize("file_name", ["model.onnx", "weights"])
-def test_an_exports_files_can_be_read_by_another_user(file_name: str, model_dir: Path) -> None:
+def test_other_users_can_read_the_exported_files(file_name: str, model_dir: Path) -> None:
     file = next(file for file in model_dir.iterdir() if file.name.endswith(file_name))
 
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_the_preset_of_every_architecture_of_torchvision_is_supported() -> None:
+def test_the_server_supports_the_preset_of_every_torchvision_architecture() -> None:
     for architecture in torchvision.models.list_models(module=torchvision.models):
         preset = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
         assert len(preset.resize_size) == len(preset.crop_size) == 1
@@ -281,7 +317,7 @@ def test_the_preset_of_every_architecture_of_torchvision_is_supported() -> None:
         assert preset.interpolation.name in ("BILINEAR", "BICUBIC")
 
 
-def test_a_copied_export_can_be_loaded(model_dir: Path, tmp_path: Path) -> None:
+def test_a_copied_export_loads_from_its_new_directory(model_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model_dir, tmp_path / "copy")
 
     assert read_card(copy) == read_card(model_dir)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.subject import children, memory_mib
+from bench.server_process import children, memory_mib
 from pinnace.runtimes.onnx import PREPACKED_WEIGHTS, OnnxSession, write_prepacked_model
 from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV, shared_model
 from tests.support.clients import make_v1_request

@@ -17,7 +17,7 @@ from types import ModuleType
 import grpc
 import pytest
 
-from bench.subject import children
+from bench.server_process import children
 from tests.support.clients import call_grpc, infer_over_grpc, make_image_request, make_v1_request, predict_over_rest
 from tests.support.metrics import metric_value, requests_by_outcome
 from tests.support.pictures import CAT

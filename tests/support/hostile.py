@@ -78,6 +78,7 @@ HOSTILE_REQUESTS = {
     "a header of 4 gigapixels": HostileRequest(413, make_png(65535, 65535), headers=IMAGE),
     "a JPEG that claims 4 gigapixels": HostileRequest(413, _make_lying_jpeg(65000, 65000), headers=IMAGE),
     "a PNG that claims 49 megapixels and has none": HostileRequest(400, make_png(7000, 7000), headers=IMAGE),
+    "a GIF that clears 4 gigapixels": HostileRequest(413, _make_cleared_gif(65535, 65535), headers=IMAGE),
     "a gigapixel in JSON": HostileRequest(413, make_v1_request(_make_gigapixel()).encode()),
     "a gzip bomb": HostileRequest(415, gzip.compress(bytes(64 * MIB)), headers={"content-encoding": "gzip"}),
     "JSON nested in lists": HostileRequest(400, b'{"instances": ' + b"[" * 100_000),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model_export.source import Source
-from model_export.vision import torchvision
+from model_export.torchvision_compat import torchvision
 
 
 def preprocess_with_torchvision(original: Source, picture: bytes) -> NDArray[np.float32]:
