@@ -81,7 +81,8 @@ class Settings:
     model_dir: Path | None = _setting(
         None,
         "Directory of an exported model, or its .onnx file. A directory of such directories serves each as a model, "
-        "named after its directory. If empty: /mnt/models if it exists, else ./model.",
+        "named after its directory. If empty: /mnt/models, model/ in the working directory, or model/ next to app.py, "
+        "whichever exists first.",
     )
     model: tuple[str, ...] = _setting(
         (),
@@ -96,8 +97,7 @@ class Settings:
     )
     storage_cache_dir: Path | None = _setting(
         None,
-        "Directory that keeps downloaded models for the next start. If empty: model-server in the user's cache "
-        "directory.",
+        "Directory that keeps downloaded models for the next start. If empty: pinnace in the user's cache directory.",
     )
     predictor: tuple[str, ...] = _setting(
         (DEFAULT_PREDICTOR,),
@@ -160,7 +160,7 @@ class Settings:
     )
     engine: str = _setting(
         "local",
-        "Where models run: local (inside the server) or ray (in replicas of Ray Serve, see requirements-ray.txt).",
+        "Where models run: local (inside the server) or ray (in replicas of Ray Serve; needs the extra ray).",
         _one_of("local", "ray"),
     )
     num_replicas: int = _setting(1, "Replicas per model with --engine=ray.", _between(1, 10_000))

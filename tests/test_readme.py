@@ -155,7 +155,7 @@ def test_the_messages_of_the_troubleshooting_table_are_in_the_code() -> None:
     shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
     texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
 
-    texts = texts[: texts.index("a key is needed") + 1]  # messages of other programs follow
+    texts = texts[: texts.index("an API key is required") + 1]  # messages of other programs follow
     assert len(texts) > 10
     for text in texts:
         assert text in code, text
@@ -253,7 +253,9 @@ def test_the_error_table_has_every_status_of_the_code() -> None:
 def test_the_exit_codes_equal_the_code() -> None:
     shown = {int(row[0]): row[1] for row in table("and an exit code per cause:\n\n")}
 
-    meanings = {kind.exit_code: str(kind.__doc__).rstrip(".").lower() for kind in StartupError.__subclasses__()}
+    meanings = {
+        kind.exit_code: str(kind.__doc__).splitlines()[0].rstrip(".").lower() for kind in StartupError.__subclasses__()
+    }
     assert {code: text.lower() for code, text in shown.items() if code} == meanings
 
 
