@@ -1,4 +1,4 @@
-"""Tests of README.md: its commands run, responses are as shown, and its tables equal the code."""
+"""README.md is true: its commands run, its answers come, its tables are those of the code."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def command(start: str) -> str:
 
 
 def table(heading: str) -> list[list[str]]:
-    """Return the cells of each row of the table after `heading`, without backticks and without the table's head."""
+    """The cells of the rows below a table's head, without the marks of code."""
     _, _, rest = README.partition(heading)
     rows = rest.split("\n\n")[0].splitlines()[2:]
     return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
 
 
 def run(line: str, server: Server, **environment: str) -> str:
-    """Run a command of the README against `server` and return its standard output."""
+    """A command of the README, with the server's address instead of its default one."""
     words = [word.replace("localhost:8080", server.url) for word in shlex.split(line)]
     words[0] = {".venv/bin/python": sys.executable, "python3": sys.executable}.get(words[0], words[0])
     done = subprocess.run(
@@ -78,13 +78,13 @@ def test_the_clients_print_the_classes_shown(name: str, server: Server) -> None:
     assert printed.splitlines()[1:] == shown.splitlines()[1:]
 
 
-def test_curl_sends_a_picture_as_the_body(server: Server) -> None:
+def test_a_picture_of_ones_own_is_sent_by_curl(server: Server) -> None:
     printed = run(command('curl -H "Content-Type: image/jpeg"'), server)
 
     assert len(json.loads(printed)["predictions"][0]) == 5
 
 
-def test_make_input_writes_a_request_with_the_picture(server: Server) -> None:
+def test_a_request_is_made_from_a_picture(server: Server) -> None:
     line, _, file = command("python3 clients/make_input.py").partition(" > ")
 
     request = run(line, server)
@@ -97,10 +97,10 @@ def test_make_input_writes_a_request_with_the_picture(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def iris(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make the model and write the predictor of the README in a new directory, and return the directory."""
+    """The folder in which somebody has followed the README: the model made, the predictor written."""
     folder = tmp_path_factory.mktemp("iris")
-    export, predictor = blocks("python")
-    (folder / "make_iris.py").write_text(export)
+    making, predictor = blocks("python")
+    (folder / "make_iris.py").write_text(making)
     python, *words = shlex.split(command(".venv/bin/python make_iris.py"))
     assert python == ".venv/bin/python"
     subprocess.run([sys.executable, "-W", "error", *words], cwd=folder, check=True, timeout=60)
@@ -109,16 +109,16 @@ def iris(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags_in(folder: Path, line: str) -> list[str]:
-    """Return the flags of a command, with the paths of its files in `folder`."""
+    """Those of a command that is run in `folder`."""
     return [word.replace("iris.onnx", f"{folder}/iris.onnx") for word in shlex.split(line)[2:]]
 
 
-def flat_rows(answer: Any) -> Any:
-    """Return a flat list per row, so that numbers can be compared."""
+def rounded(answer: Any) -> Any:
+    """Every row of one shape, so that numbers can be compared."""
     return [[row["label"], *row["probabilities"]] for row in answer["predictions"]]
 
 
-def test_the_example_predictor_answers_as_shown(iris: Path) -> None:
+def test_the_predictor_of_ones_own_answers_as_shown(iris: Path) -> None:
     flags = flags_in(iris, command(".venv/bin/python app.py --model_name=iris"))
 
     with running(*flags, environment={**os.environ, "PYTHONPATH": str(iris)}) as server:
@@ -126,11 +126,11 @@ def test_the_example_predictor_answers_as_shown(iris: Path) -> None:
         refused = server.post("/v1/models/iris:predict", '{"instances": [[1, 2]]}')
         assert server.get("/v2/models/iris").json()["inputs"] == [{"name": "X", "datatype": "FP32", "shape": [-1, 4]}]
 
-    np.testing.assert_allclose(flat_rows(answer), flat_rows(json.loads(blocks("json")[1])), atol=1e-3)
+    np.testing.assert_allclose(rounded(answer), rounded(json.loads(blocks("json")[1])), atol=1e-3)
     assert (refused.status_code, refused.json()) == (400, {"error": "the input must be four numbers per row"})
 
 
-def test_the_example_installs_the_versions_that_it_is_tested_with() -> None:
+def test_what_the_second_example_installs_is_what_it_is_tested_with() -> None:
     pins = command(".venv/bin/python -m pip install scikit-learn").partition(" install ")[2].split()
 
     tested = (PROJECT / "requirements-dev.txt").read_text().split()
@@ -146,16 +146,16 @@ def test_several_models_are_served_by_one_process(model_dir: Path, iris: Path) -
         assert [row["label"] for row in answer["predictions"]] == [0, 2]
 
 
-def test_the_example_predictor_has_about_twenty_lines() -> None:
+def test_the_class_of_ones_own_has_about_twenty_lines() -> None:
     assert len(blocks("python")[1].strip().splitlines()) <= 22
 
 
-def test_the_messages_of_the_troubleshooting_table_are_in_the_code() -> None:
+def test_the_texts_of_troubles_are_those_of_the_code() -> None:
     code = "".join(file.read_text() for file in (PROJECT / "pinnace").rglob("*.py"))
     shown = [row[0] for row in re.findall(r"^\| (`.*?) \| (.*) \|$", README.partition("| what you see |")[2], re.M)]
     texts = [text for cell in shown for text in re.findall("`(.*?)`", cell)]
 
-    texts = texts[: texts.index("an API key is required") + 1]  # messages of other programs follow
+    texts = texts[: texts.index("an API key is required") + 1]  # the others are other people's
     assert len(texts) > 10
     for text in texts:
         assert text in code, text
@@ -191,7 +191,7 @@ def test_every_other_command_is_run_by_ci() -> None:
         assert [run for run in ran_by_ci if line in run], line
 
 
-def test_the_settings_table_equals_the_code() -> None:
+def test_the_settings_are_those_of_the_code() -> None:
     shown = table("A flag overrides its environment variable, which overrides the default.\n\n")
 
     starts = {shown[index + 1][0]: row[0] for index, row in enumerate(shown) if row[0].startswith("**")}
@@ -207,7 +207,7 @@ def test_the_settings_table_equals_the_code() -> None:
     ]
 
 
-def test_every_manifest_is_in_the_table() -> None:
+def test_every_manifest_is_told_of() -> None:
     assert {row[0] for row in table("that you built and pushed.\n\n")} == {
         file.name for file in (PROJECT / "deploy").glob("*.yaml")
     }
@@ -215,7 +215,7 @@ def test_every_manifest_is_in_the_table() -> None:
 
 def test_the_rest_table_has_every_route_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
-    found = [route for router in ROUTERS for route in router.routes(dataplane)]
+    found = [route for room in ROUTERS for route in room.routes(dataplane)]
 
     shown = {row[0] for row in table("The HTTP port is 8080.\n\n")}
     assert shown == {f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in found if route.methods}
@@ -229,19 +229,19 @@ def test_the_grpc_table_has_every_method_of_the_server() -> None:
     assert shown == methods
 
 
-def test_the_output_table_equals_the_metadata_of_the_model(server: Server) -> None:
+def test_the_output_table_is_that_of_the_models_metadata(server: Server) -> None:
     shown = [row[:2] for row in table("Outputs over V2 and gRPC:\n\n")]
 
     outputs = server.get("/v2/models/custom-model").json()["outputs"]
-    assert shown == [[output["name"], f"{output['datatype']} [rows, {output['shape'][1]}]"] for output in outputs]
+    assert shown == [[one["name"], f"{one['datatype']} [rows, {one['shape'][1]}]"] for one in outputs]
 
 
-def test_the_metrics_table_equals_the_code() -> None:
+def test_the_metrics_are_those_of_the_code() -> None:
     text, _ = Metrics().render("")
     families = list(text_string_to_metric_families(text.decode()))
 
     shown = [row[0] for row in table("\n## Metrics\n\n")]
-    assert shown == [family.name for family in families if family.name.startswith(("request_", "pinnace_"))]
+    assert shown == [one.name for one in families if one.name.startswith(("request_", "pinnace_"))]
 
 
 def test_the_error_table_has_every_status_of_the_code() -> None:
@@ -250,7 +250,7 @@ def test_the_error_table_has_every_status_of_the_code() -> None:
     assert shown == {(kind.http_status, kind.grpc_status) for kind in ServingError.__subclasses__()}
 
 
-def test_the_exit_codes_equal_the_code() -> None:
+def test_the_exit_codes_are_those_of_the_code() -> None:
     shown = {int(row[0]): row[1] for row in table("and an exit code per cause:\n\n")}
 
     meanings = {
@@ -259,7 +259,7 @@ def test_the_exit_codes_equal_the_code() -> None:
     assert {code: text.lower() for code, text in shown.items() if code} == meanings
 
 
-def test_the_number_of_image_kinds_is_right() -> None:
+def test_the_kinds_of_image_are_counted_right() -> None:
     assert f"{len(MODES)} kinds of image" in README
 
 
