@@ -93,7 +93,7 @@ class Settings:
     storage_uri: str = _setting(
         "",
         "Location of the model if --model_dir is not set. s3://, gs://, hf://, https:// and others are downloaded at "
-        "startup; a path, file:// or pvc:// is used in place. STORAGE_URI works as well.",
+        "startup; a path, file:// or pvc:// is used in place. The variable STORAGE_URI works as well.",
     )
     storage_cache_dir: Path | None = _setting(
         None,
@@ -107,14 +107,14 @@ class Settings:
     )
     host: str = _setting("", "Address to listen on. If empty: all interfaces, IPv4 and IPv6.")
     http_port: int = _setting(
-        8080, "Port for REST, and for gRPC without TLS. 0 picks a free port. PORT works as well.", _port
+        8080, "Port for REST, and for gRPC without TLS. 0 picks a free port. The variable PORT works as well.", _port
     )
     grpc_port: int = _setting(8081, "Port for gRPC. 0 picks a free port.", _port)
     enable_grpc: bool = _setting(True, "Serve gRPC, on its own port and on the HTTP port.")
     protocol: str = _setting(
         "",
         "Protocol that KServe expects: v1, v2 or grpc-v2. It is only checked and logged, since all protocols are "
-        "served. PROTOCOL works as well.",
+        "served. The variable PROTOCOL works as well.",
         _one_of("v1", "v2", "grpc-v2"),
     )
     ssl_certfile: Path | None = _setting(
@@ -139,17 +139,18 @@ class Settings:
     )
     enable_docs_url: bool = _setting(False, "Serve interactive API documentation (Swagger UI) at /docs.")
     ce_type: str = _setting(
-        "io.kserve.inference.response", "The type attribute of response CloudEvents. CE_TYPE works as well."
+        "io.kserve.inference.response",
+        "The type attribute of response CloudEvents. The variable CE_TYPE works as well.",
     )
     ce_source: str = _setting(
         "",
-        "The source attribute of response CloudEvents. If empty: io.kserve.inference.MODEL_NAME. CE_SOURCE works as "
-        "well.",
+        "The source attribute of response CloudEvents. If empty: io.kserve.inference.MODEL_NAME. The "
+        "variable CE_SOURCE works as well.",
     )
     ce_merge: bool = _setting(
         False,
-        "Copy the request's CloudEvent attributes, such as subject and extensions, to the response. CE_MERGE works as "
-        "well.",
+        "Copy the request's CloudEvent attributes, such as subject and extensions, to the response. The "
+        "variable CE_MERGE works as well.",
     )
     enable_grpc_reflection: bool = _setting(
         False, "Serve gRPC reflection: grpcurl and similar tools can list all methods and need no .proto files."
