@@ -1,4 +1,4 @@
-"""Every setting once: flag, environment variable, --help and the README's table all come from this one."""
+"""Table of all settings. Flags, environment variables, --help and the README's table are derived from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ MIB = 1024 * 1024
 
 DEFAULT_PREDICTOR = "pinnace.models.classifier:Classifier"
 
-Check = Callable[[Any], str | None]  # of one value, of several each
+Check = Callable[[Any], str | None]
+"""Returns what is wrong with a value, or None. A flag that takes several values has each of them checked."""
 
 
 def _between(low: float, high: float) -> Check:
@@ -33,7 +34,7 @@ def _is_format(text: str) -> str | None:
     try:
         text % defaultdict(int)
     except (ValueError, TypeError) as error:
-        return f"must be a format for %: {error}"
+        return f"must be a %-format ({error})"
     return None
 
 
@@ -48,17 +49,17 @@ def _setting(default: Any, help_text: str, check: Check | None = None) -> Any:
     return field(default=default, metadata={"help": help_text, "check": check})
 
 
-# In --help and the README, by the setting that each begins with.
+# Headings in --help and the README, by the first setting below each.
 GROUPS = {
     "model_name": "Model",
     "host": "Ports",
-    "ssl_certfile": "Security",
+    "ssl_certfile": "Authentication and TLS",
     "enable_ui": "Interfaces",
-    "engine": "Computing",
-    "max_batch_size": "Batches and threads",
-    "enable_latency_logging": "Logs",
+    "engine": "Runtime",
+    "workers": "Workers, threads and batching",
+    "enable_latency_logging": "Logging",
     "max_connections": "Limits",
-    "grace_period_seconds": "Stopping",
+    "grace_period_seconds": "Graceful shutdown",
 }
 
 _port = _between(0, 65535)
@@ -67,184 +68,245 @@ _positive = _between(1, 2**31 - 1)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the server was started with; units are in the names."""
+    """Configuration of the server. Names contain the unit; --help says what a setting does.
+
+    The metadata of a field holds its help text and the check of its values.
+    """
 
     model_name: str = _setting(
         "custom-model",
-        "name that clients call the model by; on Knative the service's name is the default",
+        "Name of the model in URLs and gRPC messages. On Knative it defaults to the name of the service.",
         _matches(r"[^/:\s]+", "a name without slash, colon or blank"),
     )
     model_dir: Path | None = _setting(
         None,
-        "directory of the exported model, or its .onnx file, or a directory of such directories, each a model by its "
-        "name; else /mnt/models, else model/ beside app.py",
+        "Directory of an exported model, or its .onnx file. A directory of such directories serves each as a model, "
+        "named after its directory. If empty: /mnt/models, model/ in the working directory, or model/ next to app.py, "
+        "whichever exists first.",
     )
     model: tuple[str, ...] = _setting(
         (),
-        "NAME=DIR, one model of several; repeated, or separated by commas; in place of --model_name and --model_dir",
+        "One of several models, as NAME=DIR; DIR may be empty if the predictor needs no files. Repeat the flag, or "
+        "separate models with commas. Replaces --model_name and --model_dir.",
         _matches(r"[^/:\s=]+=.*", "NAME=DIR, the name without slash, colon or blank"),
     )
     storage_uri: str = _setting(
         "",
-        "where the model is taken from without --model_dir: s3://, gs://, hf://, https:// and more are downloaded at "
-        "the start; a path, file:// and pvc:// are taken where they lie; STORAGE_URI in the environment as well",
+        "Location of the model if --model_dir is not set. s3://, gs://, hf://, https:// and others are downloaded at "
+        "startup; a path, file:// or pvc:// is used in place. The variable STORAGE_URI works as well.",
     )
     storage_cache_dir: Path | None = _setting(
-        None, "directory that downloads are kept in for the next start; else model-server in the user's cache"
+        None,
+        "Directory that keeps downloaded models for the next start. If empty: pinnace in the user's cache directory.",
     )
     predictor: tuple[str, ...] = _setting(
         (DEFAULT_PREDICTOR,),
-        "class that turns requests into rows and predictions into answers, as module:Class; as NAME=module:Class that "
-        "of one of several models; repeated, or separated by commas",
+        "Predictor class as module:Class, or as NAME=module:Class for one of several models. Repeat the flag, or "
+        "separate classes with commas.",
         _matches(r"([^=]+=)?[\w.]+:\w+", "module:Class, or NAME=module:Class"),
     )
-    host: str = _setting("", "address to listen on; empty means every interface, IPv4 and IPv6")
-    http_port: int = _setting(8080, "port of REST; 0 takes a free one; PORT in the environment is the default", _port)
-    grpc_port: int = _setting(8081, "port of gRPC; 0 takes a free one", _port)
-    enable_grpc: bool = _setting(True, "true or false; without it there is no gRPC port, and no gRPC on the HTTP port")
-    protocol: str = _setting(
-        "", "v1, v2 or grpc-v2, as KServe's PROTOCOL says it; checked and logged only, since all are served at once",
-        _one_of("v1", "v2", "grpc-v2"),
-    )  # fmt: skip
-    ssl_certfile: Path | None = _setting(
-        None, "certificate and its chain, PEM; with it both ports speak TLS only, and --ssl_keyfile is needed"
+    host: str = _setting("", "Address to listen on. If empty: all interfaces, IPv4 and IPv6.")
+    http_port: int = _setting(
+        8080, "Port for REST, and for gRPC without TLS. 0 picks a free port. The variable PORT works as well.", _port
     )
-    ssl_keyfile: Path | None = _setting(None, "its private key, PEM, without a password")
+    grpc_port: int = _setting(8081, "Port for gRPC. 0 picks a free port.", _port)
+    enable_grpc: bool = _setting(True, "Serve gRPC, on its own port and on the HTTP port.")
+    protocol: str = _setting(
+        "",
+        "Protocol that KServe expects: v1, v2 or grpc-v2. It is only checked and logged, since all protocols are "
+        "served. The variable PROTOCOL works as well.",
+        _one_of("v1", "v2", "grpc-v2"),
+    )
+    ssl_certfile: Path | None = _setting(
+        None, "PEM file with the server's certificate chain. Both ports then accept TLS only. Needs --ssl_keyfile."
+    )
+    ssl_keyfile: Path | None = _setting(None, "PEM file with the private key of --ssl_certfile, without a password.")
     ssl_ca_certs: Path | None = _setting(
         None,
-        "CAs of clients' certificates, PEM; without one of theirs nothing but the HTTP port's probes is answered",
+        "PEM file with the CAs of client certificates. A client without a certificate signed by one of them gets 401 "
+        "for all but the probes of the HTTP port, and no connection to the gRPC port.",
     )
     api_key_file: Path | None = _setting(
-        None, "keys, one a line; nothing but probes is answered without Authorization: Bearer and one of them"
+        None,
+        "File with API keys, one per line. A client that does not send one of them as Authorization: Bearer KEY gets "
+        "401 or UNAUTHENTICATED for all but probes.",
     )
     cors_allow_origins: str = _setting(
-        "", "web pages that may call, as origins separated by commas; * is every one, as in the tutorial; else none"
+        "", "Origins of web pages that may call the server (CORS), separated by commas. * allows all. If empty: none."
     )
     enable_ui: bool = _setting(
-        True, "true or false; with it browsers get a page at / to try pictures on; other clients what KServe answers"
+        True, "Serve browsers a page at / to try the model. Other clients get KServe's JSON there."
     )
-    enable_docs_url: bool = _setting(
-        False, "true or false; with it /docs shows the API to people, who can try it out there"
-    )
+    enable_docs_url: bool = _setting(False, "Serve interactive API documentation (Swagger UI) at /docs.")
     ce_type: str = _setting(
-        "io.kserve.inference.response", "type of the CloudEvents that answer such; CE_TYPE in the environment as well"
+        "io.kserve.inference.response",
+        "The type attribute of response CloudEvents. The variable CE_TYPE works as well.",
     )
     ce_source: str = _setting(
-        "", "their source; else io.kserve.inference. and the model's name; CE_SOURCE in the environment as well"
+        "",
+        "The source attribute of response CloudEvents. If empty: io.kserve.inference.MODEL_NAME. The "
+        "variable CE_SOURCE works as well.",
     )
     ce_merge: bool = _setting(
-        False, "true or false; with it they take over the request's attributes; CE_MERGE in the environment as well"
+        False,
+        "Copy the request's CloudEvent attributes, such as subject and extensions, to the response. The "
+        "variable CE_MERGE works as well.",
     )
     enable_grpc_reflection: bool = _setting(
-        False, "true or false; with it grpcurl and its like need no .proto files, and anybody may list the methods"
+        False, "Serve gRPC reflection: grpcurl and similar tools can list all methods and need no .proto files."
     )
     enable_model_repository: bool = _setting(
-        False, "true or false; with it clients may unload a model, to free its memory, and load it again"
+        False,
+        "Allow clients to load and unload models. If false, such requests get 501 or UNIMPLEMENTED. Needs --workers=1.",
     )
     engine: str = _setting(
         "local",
-        "local or ray; with ray each model runs in processes of Ray Serve, which requirements-ray.txt brings",
+        "Where models run: local (inside the server) or ray (in replicas of Ray Serve; needs the extra ray).",
         _one_of("local", "ray"),
     )
-    num_replicas: int = _setting(1, "with --engine=ray, processes that run each model", _between(1, 10_000))
+    num_replicas: int = _setting(1, "Replicas per model with --engine=ray.", _between(1, 10_000))
     ray_actor_options: str = _setting(
-        '{"num_cpus": 1}', "with --engine=ray, what each of them gets, as JSON; fractions are shares", _is_object
+        '{"num_cpus": 1}',
+        "Resources per replica with --engine=ray, as a JSON object. A fraction is a share of a CPU or GPU.",
+        _is_object,
     )
     max_ongoing_requests: int = _setting(
-        128, "with --engine=ray, most requests in one of them; more wait in the server, and for longer", _positive
+        128,
+        "Maximum requests in flight per replica with --engine=ray. Further requests wait in the server, which takes "
+        "longer.",
+        _positive,
     )
     autoscaling_config: str = _setting(
-        "{}", "with --engine=ray, in place of --num_replicas: Ray Serve's autoscaling, as JSON", _is_object
+        "{}", "Autoscaling of Ray Serve with --engine=ray, as a JSON object. Replaces --num_replicas.", _is_object
     )
     device: str = _setting(
-        "auto", "auto, cpu or cuda; auto takes CUDA where it works, cuda stops the start where it does not",
+        "auto",
+        "Device that runs the model: auto, cpu or cuda. auto uses CUDA if it works; with cuda the server exits with "
+        "code 6 if CUDA does not work.",
         _one_of("auto", "cpu", "cuda"),
-    )  # fmt: skip
-    gpu_memory_percent: int = _setting(
-        100, "most of the GPU's memory that each model takes; with --engine=ray a fraction as num_gpus limits it too",
-        _between(1, 100),
-    )  # fmt: skip
-    workers: int = _setting(
-        1, "processes that share the ports and the CPUs; each has the limits on requests for itself", _between(1, 256)
     )
-    threads: int = _setting(
-        0, "threads that run the model; 0 means one a CPU of the quota, which workers share", _between(0, 1024)
+    gpu_memory_percent: int = _setting(
+        100,
+        "Maximum percentage of the GPU's memory per model. With --engine=ray a fraction as num_gpus limits it too.",
+        _between(1, 100),
     )
     fast_decode: bool = _setting(
         False,
-        "true or false; with it JPEGs are decoded no larger than needed: faster, and pixels differ from torchvision's "
-        "by up to 3 grey levels on average",
+        "Decode large JPEGs at reduced size. It is faster, but pixels differ from torchvision's by up to 3 grey levels "
+        "on average.",
     )
-    max_batch_size: int = _setting(16, "most rows in one run of the model; a larger request takes several", _positive)
+    workers: int = _setting(
+        1,
+        "Server processes. They share the ports and the CPUs; limits on requests hold for each process.",
+        _between(1, 256),
+    )
+    threads: int = _setting(
+        0, "Threads that run the model. 0 means one per CPU of the quota, divided among the workers.", _between(0, 1024)
+    )
+    max_batch_size: int = _setting(
+        16, "Maximum rows per run of the model. A larger request takes several runs.", _positive
+    )
     max_batch_delay_ms: int = _setting(
-        0, "milliseconds that a batch may wait to be filled; 0 never waits, and still takes what is queued",
+        0,
+        "Milliseconds that a batch may wait for more rows. 0 means no waiting: a run takes what is queued.",
         _between(0, 60_000),
-    )  # fmt: skip
+    )
     max_asyncio_workers: int = _setting(
-        0, "threads that decode requests and encode answers; 0 means as many as --threads", _between(0, 1024)
+        0, "Threads that decode requests and encode responses. 0 means as many as --threads.", _between(0, 1024)
     )
     max_threads: int = _setting(
-        4, "accepted for KServe's sake and without effect: gRPC takes no threads here", _between(1, 1024)
+        4, "No effect: gRPC needs no threads here. Accepted for compatibility with KServe.", _between(1, 1024)
     )
     event_loop: str = _setting(
-        "auto", "auto, asyncio or uvloop; auto is asyncio, uvloop must be installed beside the requirements",
+        "auto",
+        "Event loop: auto, asyncio or uvloop. auto is asyncio; uvloop must be installed separately.",
         _one_of("auto", "asyncio", "uvloop"),
-    )  # fmt: skip
+    )
     enable_latency_logging: bool = _setting(
-        True, "true or false; a line an inference with the milliseconds of each handler, by the logger kserve.trace"
+        True,
+        "Log a line per inference request with the milliseconds of each predictor method, to the logger kserve.trace.",
     )
     configure_logging: bool = _setting(
-        True, "true or false; without it nothing is logged but by what a predictor configures"
+        True, "Configure logging at startup. If false, logging is left to the predictor."
     )
     log_config_file: Path | None = _setting(
-        None, "configuration of Python's logging, .json, .yaml or .ini; those written for KServe work unchanged"
+        None, "Configuration of Python's logging: .json, .yaml or .ini. Files written for KServe work unchanged."
     )
-    log_format: str = _setting("text", "text or json: lines for people or for machines", _one_of("text", "json"))
+    log_format: str = _setting("text", "Format of log lines: text or json.", _one_of("text", "json"))
     access_log_format: str = _setting(
         "",
-        "format of the line a request, as '%(h)s %(request_line)s %(s)s %(M)s', with asgi-logger's atoms",
+        "Format of access log lines, with the atoms of asgi-logger, such as '%(h)s %(request_line)s %(s)s %(M)s'. If "
+        "empty: uvicorn's format.",
         _is_format,
     )
     max_connections: int = _setting(
-        1000, "most connections to each port; for one more on the HTTP port, that which is idle longest is closed",
+        1000,
+        "Maximum connections per port. At the limit the HTTP port closes the connection that has been idle longest; "
+        "if none is idle, a new connection gets 503. The gRPC port refuses a new connection.",
         _between(1, 1_000_000),
-    )  # fmt: skip
-    max_body_bytes: int = _setting(8 * MIB, "largest REST body; a larger one is answered 413", _positive)
+    )
+    max_body_bytes: int = _setting(
+        8 * MIB, "Maximum size of a REST request body in bytes. A larger one gets 413.", _positive
+    )
     grpc_max_receive_message_length: int = _setting(
-        8 * MIB, "largest gRPC request in bytes; a larger one is answered RESOURCE_EXHAUSTED", _positive
+        8 * MIB, "Maximum size of a gRPC request in bytes. A larger one gets RESOURCE_EXHAUSTED.", _positive
     )
     grpc_max_send_message_length: int = _setting(
-        8 * MIB, "largest gRPC response in bytes; a larger one is answered RESOURCE_EXHAUSTED", _positive
+        8 * MIB,
+        "Maximum size of a gRPC response in bytes. Instead of a larger one the client gets RESOURCE_EXHAUSTED.",
+        _positive,
     )
     max_image_pixels: int = _setting(
-        50_000_000, "largest image, width times height; a larger one is answered 413 without being decoded", _positive
+        50_000_000,
+        "Maximum size of an image, width times height. A larger one is not decoded and gets 413 or RESOURCE_EXHAUSTED.",
+        _positive,
     )
-    max_instances: int = _setting(128, "most rows in one request; more are answered 413", _positive)
+    max_instances: int = _setting(
+        128, "Maximum rows per request. A larger request gets 413 or RESOURCE_EXHAUSTED.", _positive
+    )
     max_concurrent_requests: int = _setting(
-        128, "most inference requests of a model under way at once; one more is answered 503 at once", _positive
+        128,
+        "Maximum inference requests in flight per model. Further requests get 503 or UNAVAILABLE immediately.",
+        _positive,
     )
     max_queue_rows: int = _setting(
-        1024, "most rows in the requests of a model under way, one each until it is decoded; then 503", _positive
+        1024,
+        "Maximum rows in flight per model. A request counts as one row until it is decoded. Further requests get 503 "
+        "or UNAVAILABLE.",
+        _positive,
     )
     max_queue_bytes: int = _setting(
-        256 * MIB, "most bytes of all bodies and gRPC messages under way; one more is answered 503", _positive
+        256 * MIB,
+        "Maximum bytes of all request bodies and gRPC messages in flight. Further requests get 503 or UNAVAILABLE.",
+        _positive,
     )
     read_timeout_seconds: int = _setting(
-        30, "seconds that a client may take to send a body or gRPC message; a slower one gets 408 or DEADLINE_EXCEEDED",
+        30,
+        "Seconds within which a client must send a request body or gRPC message. A slower client gets 408 or "
+        "DEADLINE_EXCEEDED.",
         _positive,
-    )  # fmt: skip
+    )
     request_timeout_seconds: int = _setting(
-        60, "seconds that an inference request may take once it is read; a later one is answered 504 and given up",
+        60,
+        "Seconds within which an inference request must be answered, from when it is read. Otherwise it is cancelled "
+        "and the client gets 504 or DEADLINE_EXCEEDED.",
         _positive,
-    )  # fmt: skip
+    )
     timeout_keep_alive: int = _setting(
-        65, "seconds that an idle connection stays open; keep it above the idle timeout of the proxy in front",
+        65,
+        "Seconds after which an idle connection is closed. Set it above the idle timeout of a proxy in front of the "
+        "server.",
         _between(1, 1_000_000),
-    )  # fmt: skip
+    )
     grace_period_seconds: int = _setting(
-        25, "seconds that a stopping server has to answer what it accepted; keep it below Kubernetes' 30", _positive
+        25,
+        "Seconds after the stop signal within which accepted requests are answered. Then the rest is cut and the exit "
+        "code is 8. Keep it below terminationGracePeriodSeconds of Kubernetes (30).",
+        _positive,
     )
     drain_delay_seconds: int = _setting(
-        0, "seconds of those in which a stopping server is not ready and still accepts, until nobody sends it any more",
+        0,
+        "Seconds after the stop signal in which the server reports not ready but still accepts requests, so that load "
+        "balancers can stop sending traffic. Part of --grace_period_seconds.",
         _between(0, 3600),
-    )  # fmt: skip
+    )

@@ -200,7 +200,7 @@ def test_the_model_dir_is_a_path() -> None:
         ([], {"PROTOCOL": "v3"}, "PROTOCOL must be one of v1, v2, grpc-v2, not v3"),
         (["--event_loop=trio"], {}, "--event_loop must be one of auto, asyncio, uvloop, not trio"),
         (["--enable_grpc_reflection=maybe"], {}, "--enable_grpc_reflection must be true or false, not maybe"),
-        (["--access_log_format=%(h"], {}, "--access_log_format must be a format for %: incomplete format key, not %(h"),
+        (["--access_log_format=%(h"], {}, "--access_log_format must be a %-format (incomplete format key), not %(h"),
         (["--device=gpu"], {}, "--device must be one of auto, cpu, cuda, not gpu"),
         (["--model_name=a/b"], {}, "--model_name must be a name without slash, colon or blank, not a/b"),
         (["--predictor=iris"], {}, "--predictor must be module:Class, or NAME=module:Class, not iris"),

@@ -105,10 +105,10 @@ def test_the_answer_to_an_earlier_picture_is_not_shown(model_dir: Path, make_gat
             give_file(page, "drop")
             wait_for_metric(server, "pinnace_requests_in_flight", 2)
             give_file(page, "drop", b"%PDF-1.7", "a.pdf", "application/pdf")
-            expect(page.locator("#problem")).to_contain_text("a.pdf is no picture")
+            expect(page.locator("#problem")).to_contain_text("a.pdf is not a picture")
         assert busy.result().status_code == 200
         wait_for(lambda: requests_by_outcome(server).get(("v1", "answered")) == 2, "two answered requests")
-        expect(page.locator("#under-way")).to_have_text("0")
+        expect(page.locator("#in-flight")).to_have_text("0")
 
         assert page.locator("#problem").is_visible()
         assert page.locator("#classes li").count() == 0
@@ -127,8 +127,8 @@ def test_untrained_weights_show_an_alert(server: Server) -> None:
 @pytest.mark.parametrize(
     ("name", "size_bytes", "message"),
     [
-        ("a.pdf", 9, "a.pdf is no picture of a kind that is read here: JPEG, PNG, "),
-        ("a.jpg", 50_000_000, "a.jpg has 50.0 MB. This server takes pictures of up to 6.3 MB: "),
+        ("a.pdf", 9, "a.pdf is not a picture in a supported format: JPEG, PNG, "),
+        ("a.jpg", 50_000_000, "a.jpg is 50.0 MB. This server accepts pictures of up to 6.3 MB "),
     ],
     ids=["PDF", "50 MB"],
 )
@@ -229,11 +229,11 @@ def test_the_page_requests_a_key_when_the_server_needs_it(model_dir: Path, tmp_p
     (tmp_path / "keys").write_text("secret\n")
     flags = (f"--model_dir={model_dir}", f"--api_key_file={tmp_path / 'keys'}")
     with run_server(*flags) as server, open_page(server.url) as (page, _):
-        expect(page.locator("#problem")).to_have_text("Give the server's API key above.")
-        page.get_by_label("This server wants an API key").fill("guess")
+        expect(page.locator("#problem")).to_have_text("Enter the server's API key above.")
+        page.get_by_label("This server requires an API key").fill("guess")
         page.keyboard.press("Enter")
-        expect(page.locator("#problem")).to_have_text("This key is not accepted.")
-        page.get_by_label("This server wants an API key").fill("secret")
+        expect(page.locator("#problem")).to_have_text("The server does not accept this key.")
+        page.get_by_label("This server requires an API key").fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#facts")).to_contain_text("alexnet")
         give_file(page, "choose")

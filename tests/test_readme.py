@@ -127,7 +127,7 @@ def test_the_example_predictor_gives_the_answer_shown(iris: Path) -> None:
         assert server.get("/v2/models/iris").json()["inputs"] == [{"name": "X", "datatype": "FP32", "shape": [-1, 4]}]
 
     np.testing.assert_allclose(list_rows(answer), list_rows(json.loads(read_blocks("json")[1])), atol=1e-3)
-    assert (refused.status_code, refused.json()) == (400, {"error": "the input must be four numbers a row"})
+    assert (refused.status_code, refused.json()) == (400, {"error": "the input must be four numbers per row"})
 
 
 def test_the_versions_that_the_example_installs_are_tested() -> None:
@@ -192,7 +192,7 @@ def test_every_other_command_is_run_by_ci() -> None:
 
 
 def test_the_settings_table_equals_the_code() -> None:
-    shown = read_table("overrules its environment variable, and that the default.\n\n")
+    shown = read_table("A flag overrides its environment variable, which overrides the default.\n\n")
 
     starts = {shown[index + 1][0]: row[0] for index, row in enumerate(shown) if row[0].startswith("**")}
     assert starts == {f"--{first}": f"**{title}**" for first, title in GROUPS.items()}
@@ -208,7 +208,7 @@ def test_the_settings_table_equals_the_code() -> None:
 
 
 def test_the_table_of_manifests_names_every_file() -> None:
-    assert {row[0] for row in read_table("you built and pushed.\n\n")} == {
+    assert {row[0] for row in read_table("that you built and pushed.\n\n")} == {
         file.name for file in (PROJECT / "deploy").glob("*.yaml")
     }
 
@@ -217,7 +217,7 @@ def test_the_rest_table_has_every_route_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
     found = [route for router in ROUTERS for route in router.routes(dataplane)]
 
-    shown = {row[0] for row in read_table("\n## What it answers\n\n")}
+    shown = {row[0] for row in read_table("The HTTP port is 8080.\n\n")}
     assert shown == {f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in found if route.methods}
 
 
@@ -225,12 +225,14 @@ def test_the_grpc_table_has_every_method_of_the_server() -> None:
     dataplane = DataPlane(Repository([], Metrics(), mutable=False), Settings(), Metrics())
     methods = InferenceService(dataplane).unary.keys()
 
-    shown = {name for row in read_table("with `--enable_ui` |\n\n") for name in row[0].split(", ")}
+    shown = {
+        name for row in read_table("the service `inference.GRPCInferenceService`.\n\n") for name in row[0].split(", ")
+    }
     assert shown == methods
 
 
 def test_the_output_table_equals_the_model_metadata(server: Server) -> None:
-    shown = [row[:2] for row in read_table("v1 and v1alpha.\n\n")]
+    shown = [row[:2] for row in read_table("Outputs over V2 and gRPC:\n\n")]
 
     outputs = server.get("/v2/models/custom-model").json()["outputs"]
     assert shown == [[output["name"], f"{output['datatype']} [rows, {output['shape'][1]}]"] for output in outputs]
@@ -251,9 +253,11 @@ def test_the_error_table_has_every_status_of_the_code() -> None:
 
 
 def test_the_table_of_exit_codes_equals_the_code() -> None:
-    shown = {int(row[0]): row[1] for row in read_table("and a code of its own:\n\n")}
+    shown = {int(row[0]): row[1] for row in read_table("and an exit code per cause:\n\n")}
 
-    meanings = {kind.exit_code: str(kind.__doc__).rstrip(".").lower() for kind in StartupError.__subclasses__()}
+    meanings = {
+        kind.exit_code: str(kind.__doc__).splitlines()[0].rstrip(".").lower() for kind in StartupError.__subclasses__()
+    }
     assert {code: text.lower() for code, text in shown.items() if code} == meanings
 
 
