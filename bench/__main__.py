@@ -16,14 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-import onnxruntime
-
 from bench import load
 from bench.baseline import Baseline
 from bench.payloads import Payload, payloads
 from bench.report import Point, Row, medians, plot, table
 from bench.subject import ServerProcess, memory_mib, serving, started
 from pinnace.cpus import available_cpus
+from pinnace.runtimes.onnx import load_onnxruntime
 
 CONNECTIONS = (1, 16, 64)
 WARM_UP_SECONDS = 1.0
@@ -34,7 +33,7 @@ def main() -> None:
     arguments = _arguments()
     _say(
         f"{_cpu_name()}, {available_cpus()} CPUs, which the load shares; Python {platform.python_version()}, "
-        f"ONNX Runtime {onnxruntime.__version__}. Request {arguments.request}; "
+        f"ONNX Runtime {load_onnxruntime().__version__}. Request {arguments.request}; "
         f"median of {arguments.rounds} rounds of {arguments.seconds:g} s."
     )
     rows: dict[str, list[Row]] = {}

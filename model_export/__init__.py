@@ -2,5 +2,3 @@
 
 Runs where torch is installed; the server never imports it. It imports the server, to check what it wrote.
 """
-
-import pinnace as pinnace  # first, since it turns ONNX Runtime's telemetry off

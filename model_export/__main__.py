@@ -1,4 +1,4 @@
-"""The command line: arguments in, progress out, one line and an exit code when it fails."""
+"""The command line of the export: it prints its progress, and one line and an exit code where it fails."""
 
 from __future__ import annotations
 
@@ -7,30 +7,42 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from model_export.errors import ExportError
+from model_export.errors import BadRequest, ExportError, PackageMissing
+from pinnace.errors import StartupError, one_line
 from pinnace.observability.logging import banner
+from pinnace.runtimes.onnx import load_onnxruntime
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m model_export") -> int:
+    """Export a model and return the exit code. `program` is how --help and error lines call it."""
     signal.signal(signal.SIGTERM, _terminate)
+    name = program.split()[0] if program.startswith("pinnace") else "model_export"
     try:
-        return _export(_arguments())
-    except ExportError as error:
-        sys.stderr.write(f"model_export: {error}\n")
+        return _export(_parse(arguments, program))
+    except (ExportError, StartupError) as error:
+        sys.stderr.write(f"{name}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("model_export: interrupted, nothing written\n")
+        sys.stderr.write(f"{name}: interrupted, nothing written\n")
         return 128 + signal.SIGINT
 
 
 def _export(arguments: argparse.Namespace) -> int:
     step = _Progress()
     step("importing torch")
-    # Here, so that --help and a wrong flag answer at once.
-    from model_export import export, quantize, source, verify
+    # Imported here, so that --help and a wrong flag answer at once.
+    load_onnxruntime()
+    try:
+        from model_export import export, quantize, source, verify
+    except ImportError as error:
+        raise PackageMissing(
+            f"the export needs torch and its like ({one_line(error)}): run `pip install 'pinnace[cpu,export]'`, in a "
+            "clone `pip install -r requirements-export.txt`"
+        ) from error
 
     exactly = arguments.precision == "fp32"
     pictures, origin = ([], "") if exactly else quantize.images(arguments.calibration)  # a wrong folder fails at once
@@ -62,10 +74,10 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m model_export",
-        description="Exports a torchvision classifier, and checks the result against the original on photographs.",
+def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
+    parser = _Parser(
+        prog=program,
+        description="Export a torchvision classifier, and check the result against the original on photographs.",
     )
     parser.add_argument("--arch", default="alexnet", help="a classifier of torchvision.models (default alexnet)")
     parser.add_argument(
@@ -87,7 +99,12 @@ def _arguments() -> argparse.Namespace:
         help="pictures to set int8's ranges by, in a directory; else scikit-image's photographs",
     )
     parser.add_argument("--output", default="model", type=Path, help="directory to write to (default model)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(f"{message} (--help lists the flags)")
 
 
 class _Progress:

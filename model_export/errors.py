@@ -12,7 +12,7 @@ class ExportError(Exception):
 
 
 class BadRequest(ExportError):
-    """An unknown architecture, or weights that do not fit it."""
+    """A wrong flag, an unknown architecture, or weights that do not fit it."""
 
     exit_code = 2
 
@@ -21,6 +21,12 @@ class WeightsMissing(ExportError):
     """The weights cannot be had: no network, no file, a wrong hash."""
 
     exit_code = 3
+
+
+class PackageMissing(ExportError):
+    """A package that the export needs, such as torch, is not installed."""
+
+    exit_code = 12  # as the server's
 
 
 class Mismatch(ExportError):

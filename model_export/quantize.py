@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnx_ir
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from model_export.errors import BadRequest, Mismatch
 from model_export.export import write
@@ -22,6 +21,7 @@ from pinnace.models.classifier import Classifier
 from pinnace.models.image import SIGNATURES
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
+from pinnace.runtimes.onnx import load_onnxruntime
 from pinnace.settings import Settings
 from pinnace.tensors import tensor_of_values
 
@@ -87,6 +87,8 @@ def to_half(model: onnx_ir.Model) -> onnx_ir.Model:
 
 def to_int8(directory: Path, pictures: Sequence[bytes]) -> onnx_ir.Model:
     """The model of an export's directory in static QDQ form, weights per channel, calibrated on `pictures`."""
+    load_onnxruntime()  # with its telemetry off
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Pixels(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:

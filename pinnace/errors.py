@@ -166,6 +166,10 @@ class PredictorError(StartupError, exit_code=7):
     """--predictor cannot be imported, or fails to load its model."""
 
 
+class PackageMissing(StartupError, exit_code=12):
+    """A package that an extra brings is not installed."""
+
+
 class RayUnavailable(StartupError, exit_code=10):
     """--engine=ray, but Ray cannot be had, or cannot run the model."""
 

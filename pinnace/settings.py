@@ -77,7 +77,7 @@ class Settings:
     model_dir: Path | None = _setting(
         None,
         "directory of the exported model, or its .onnx file, or a directory of such directories, each a model by its "
-        "name; else /mnt/models, else model/ beside app.py",
+        "name; else /mnt/models, else model/ in the working directory, else model/ beside app.py",
     )
     model: tuple[str, ...] = _setting(
         (),
@@ -90,7 +90,7 @@ class Settings:
         "the start; a path, file:// and pvc:// are taken where they lie; STORAGE_URI in the environment as well",
     )
     storage_cache_dir: Path | None = _setting(
-        None, "directory that downloads are kept in for the next start; else model-server in the user's cache"
+        None, "directory that downloads are kept in for the next start; else pinnace in the user's cache"
     )
     predictor: tuple[str, ...] = _setting(
         (DEFAULT_PREDICTOR,),
@@ -143,7 +143,7 @@ class Settings:
     )
     engine: str = _setting(
         "local",
-        "local or ray; with ray each model runs in processes of Ray Serve, which requirements-ray.txt brings",
+        "local or ray; with ray each model runs in processes of Ray Serve, which the extra ray brings",
         _one_of("local", "ray"),
     )
     num_replicas: int = _setting(1, "with --engine=ray, processes that run each model", _between(1, 10_000))

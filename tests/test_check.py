@@ -65,7 +65,7 @@ def test_each_of_several_models_must_load(tmp_path: Path) -> None:
     code, lines, problem = check(f"--model=good=,bad={tmp_path}/none", "--predictor=good=tests.predictors:Echo")
 
     assert (code, lines) == (4, [])
-    assert problem == f"app.py: {tmp_path}/none, where bad should be, does not exist: see --model_dir"
+    assert problem == f"pinnace: {tmp_path}/none, where bad should be, does not exist: see --model_dir"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_would_stop_a_start_stops_it_with_the_same_code(flags: list[str], c
     found, lines, problem = check(*flags)
 
     assert (found, lines) == (code, [])
-    assert problem.startswith("app.py: ")
+    assert problem.startswith("pinnace: ")
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

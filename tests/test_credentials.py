@@ -248,4 +248,4 @@ def test_files_that_do_not_fit_stop_the_start(flags: list[str], problem: str, ow
     code, lines = start_failing(ECHO, "--http_port=0", "--grpc_port=0", *named)
 
     assert (code, len(lines)) == (2, 1)
-    assert lines[0].startswith(f"app.py: {problem}")
+    assert lines[0].startswith(f"pinnace: {problem}")

@@ -58,7 +58,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(
 def test_cuda_that_cannot_be_had_is_an_error_where_it_was_demanded(model_dir: Path) -> None:
     if HAS_CUDA:
         pytest.skip("this onnxruntime has CUDA: the test of a demand without it says nothing here")
-    with pytest.raises(DeviceUnavailable, match=r"install requirements-gpu\.txt; --device=auto takes the CPU instead$"):
+    with pytest.raises(DeviceUnavailable, match=r"install 'pinnace\[gpu\]' in its place; --device=auto takes the CPU "):
         OnnxSession(model_dir, "cuda", 1)
 
 
@@ -73,7 +73,9 @@ def test_cuda_answers_as_the_cpu_does(model_dir: Path) -> None:
 
 
 def test_no_model_anywhere_says_where_it_was_looked_for() -> None:
-    with pytest.raises(ModelFileNotFound, match=r"^no model in /mnt/models nor in model/: run `make model`"):
+    with pytest.raises(
+        ModelFileNotFound, match=r"^no model in /mnt/models nor in model/: export one with `pinnace export`"
+    ):
         OnnxSession(None, "cpu", 1)
 
 

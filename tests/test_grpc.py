@@ -11,8 +11,8 @@ import pytest
 
 from bench.subject import memory_mib
 from model_export.source import Source
-from pinnace import __version__
 from pinnace.settings import MIB
+from pinnace.version import __version__
 from tests.conftest import grpc_call
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import Server, running

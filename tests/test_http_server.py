@@ -142,7 +142,7 @@ def test_an_address_that_is_not_ours_stops_the_start(host: str) -> None:
     code, lines = start_failing("--predictor=tests.predictors:Echo", f"--host={host}", "--http_port=0")
 
     assert (code, len(lines)) == (3, 1)
-    assert lines[0].startswith("app.py: HTTP cannot listen on port 0 of ")
+    assert lines[0].startswith("pinnace: HTTP cannot listen on port 0 of ")
 
 
 def test_of_too_many_connections_the_one_that_is_idle_longest_is_closed_for_the_newcomer() -> None:

@@ -112,7 +112,7 @@ def test_a_request_that_outlasts_the_grace_period_is_cut_and_counted(
         with opened.result(timeout=30):
             assert server.stop() == 8
 
-    assert server.log[-1] == "app.py: stopped at the end of --grace_period_seconds with 1 requests unanswered\n"
+    assert server.log[-1] == "pinnace: stopped at the end of --grace_period_seconds with 1 requests unanswered\n"
 
 
 @pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
@@ -125,7 +125,7 @@ def test_a_second_signal_stops_at_once(workers: str, tmp_path: Path, gate: Calla
             assert server.wait_for_line(re.compile("stopping: 1"))
             assert server.stop() == 8
 
-    assert "app.py: stopped at a second signal with 1 requests unanswered\n" in server.log
+    assert "pinnace: stopped at a second signal with 1 requests unanswered\n" in server.log
 
 
 def test_a_stopping_server_is_not_ready_and_answers_until_the_drain_delay_is_over(google: ModuleType) -> None:
@@ -275,15 +275,15 @@ def test_a_port_in_use_ends_the_start_with_its_code_and_one_line(flag: str) -> N
 @pytest.mark.parametrize(
     ("flags", "code", "problem"),
     [
-        (["--no_such_flag"], 2, "app.py: unrecognized arguments: --no_such_flag (--help lists the flags)"),
-        (["--model_dir=/no/such/folder"], 4, "app.py: /no/such/folder, where custom-model should be, does n"),
-        (["--model_dir=tests"], 4, "app.py: tests must hold exactly one .onnx file, and holds none: see --model_dir"),
-        (["--model_dir=README.md"], 5, "app.py: README.md cannot be loaded ("),
-        (["--predictor=no.such.module:Class"], 7, "app.py: --predictor=no.such.module:Class cannot be imported: Mod"),
-        (["--predictor=tests.predictors:Absent"], 7, "app.py: --predictor=tests.predictors:Absent cannot be imported"),
-        (["--predictor=json:JSONDecoder"], 7, "app.py: --predictor=json:JSONDecoder is no subclass of pinnace.predi"),
-        (["--predictor=tests.predictors:EndingLoad"], 7, "app.py: EndingLoad failed to load: SystemExit: no weights"),
-        (["--predictor=tests.predictors:Unloadable"], 7, "app.py: Unloadable failed to load: RuntimeError: no such ta"),
+        (["--no_such_flag"], 2, "pinnace: unknown flag --no_such_flag (--help lists the flags)"),
+        (["--model_dir=/no/such/folder"], 4, "pinnace: /no/such/folder, where custom-model should be, does n"),
+        (["--model_dir=tests"], 4, "pinnace: tests must hold exactly one .onnx file, and holds none: see --model_dir"),
+        (["--model_dir=README.md"], 5, "pinnace: README.md cannot be loaded ("),
+        (["--predictor=no.such.module:Class"], 7, "pinnace: --predictor=no.such.module:Class cannot be imported: Mod"),
+        (["--predictor=tests.predictors:Absent"], 7, "pinnace: --predictor=tests.predictors:Absent cannot be imported"),
+        (["--predictor=json:JSONDecoder"], 7, "pinnace: --predictor=json:JSONDecoder is no subclass of pinnace.predi"),
+        (["--predictor=tests.predictors:EndingLoad"], 7, "pinnace: EndingLoad failed to load: SystemExit: no weights"),
+        (["--predictor=tests.predictors:Unloadable"], 7, "pinnace: Unloadable failed to load: RuntimeError: no such "),
     ],
 )
 def test_a_start_that_cannot_succeed_ends_with_its_code_and_one_line(flags: list[str], code: int, problem: str) -> None:
@@ -305,7 +305,7 @@ def test_a_model_that_may_not_be_read_ends_the_start_with_its_code_and_one_line(
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
 
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
-    assert done.stderr.startswith("app.py: ")
+    assert done.stderr.startswith("pinnace: ")
 
 
 def test_a_start_without_standard_error_is_one_all_the_same() -> None:
@@ -321,7 +321,7 @@ def test_cuda_that_cannot_be_had_ends_the_start_with_its_code_and_one_line(model
     code, lines = start_failing(f"--model_dir={model_dir}", "--device=cuda", "--http_port=0", "--grpc_port=0")
 
     assert (code, len(lines)) == (6, 1)
-    assert lines[0].startswith("app.py: --device=cuda, but CUDA cannot be had")
+    assert lines[0].startswith("pinnace: --device=cuda, but CUDA cannot be had")
 
 
 def test_without_grpc_no_port_answers_it(google: ModuleType) -> None:

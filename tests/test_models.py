@@ -130,10 +130,10 @@ def test_runs_that_take_every_core_take_turns(gate: Callable[[str], Path]) -> No
 @pytest.mark.parametrize(
     ("flags", "code", "problem"),
     [
-        (["--model=a=/no/such/folder,b=/nor/this"], 4, "app.py: /no/such/folder, where a should be, does not exist"),
-        (["--model=a=,a="], 2, "app.py: --model names a twice"),
-        (["--model=a"], 2, "app.py: --model must be NAME=DIR, the name without slash, colon or blank, not a"),
-        (["--model=a=", "--predictor=b=tests.predictors:Echo"], 2, "app.py: --predictor names b, which is no model: "),
+        (["--model=a=/no/such/folder,b=/nor/this"], 4, "pinnace: /no/such/folder, where a should be, does not exist"),
+        (["--model=a=,a="], 2, "pinnace: --model names a twice"),
+        (["--model=a"], 2, "pinnace: --model must be NAME=DIR, the name without slash, colon or blank, not a"),
+        (["--model=a=", "--predictor=b=tests.predictors:Echo"], 2, "pinnace: --predictor names b, which is no model: "),
     ],
 )
 def test_a_start_with_no_model_left_ends_with_its_code_and_one_line(flags: list[str], code: int, problem: str) -> None:

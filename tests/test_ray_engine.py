@@ -225,7 +225,7 @@ def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_i
             server.wait_for_line(re.compile("stopping: 1 requests to answer"))
         assert answer.result().json() == {"predictions": [1]}
         assert server.wait() == 11
-    assert server.log[-1].startswith("app.py: Ray's head at ")
+    assert server.log[-1].startswith("pinnace: Ray's head at ")
 
 
 @needs_ray
@@ -233,8 +233,8 @@ def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_rea
     code, lines = start_failing(*RAY, "--predictor=tests.predictors:Unloadable", "--http_port=0", "--grpc_port=0")
 
     assert code == 10
-    (line,) = [line for line in lines if line.startswith("app.py: ")]
-    assert line.startswith("app.py: Ray Serve cannot run custom-model: ")
+    (line,) = [line for line in lines if line.startswith("pinnace: ")]
+    assert line.startswith("pinnace: Ray Serve cannot run custom-model: ")
     assert "no such table: weights" in line
 
 
@@ -246,7 +246,7 @@ def test_options_that_ray_refuses_end_the_start_with_one_line(flag: str) -> None
     code, lines = start_failing("--engine=ray", flag, "--predictor=tests.predictors:Echo", "--http_port=0")
 
     assert code == 2
-    assert lines[-1].startswith("app.py: --ray_actor_options or --autoscaling_config: ")
+    assert lines[-1].startswith("pinnace: --ray_actor_options or --autoscaling_config: ")
 
 
 @needs_ray

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from model_export.source import Source
-from pinnace import __version__
+from pinnace.version import __version__
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import Server, running
 from tests.test_image import torchvisions_pixels

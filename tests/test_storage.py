@@ -161,7 +161,7 @@ def test_a_place_where_nothing_is_ends_the_start_with_one_line(s3: S3, tmp_path:
     )
 
     assert code == 9
-    assert lines[-1].startswith(f"app.py: --storage_uri={URI} cannot be downloaded (")
+    assert lines[-1].startswith(f"pinnace: --storage_uri={URI} cannot be downloaded (")
     assert in_cache(tmp_path) == []
 
 
@@ -226,7 +226,7 @@ def test_a_download_that_breaks_off_is_no_model_and_says_no_secret(tmp_path: Pat
 
     assert Broken.requested
     assert code == 9
-    assert lines[-1].startswith(f"app.py: --storage_uri=http://{place} cannot be downloaded (")
+    assert lines[-1].startswith(f"pinnace: --storage_uri=http://{place} cannot be downloaded (")
     assert "hidden" not in "".join(lines)
     assert in_cache(tmp_path) == []
 
@@ -264,7 +264,7 @@ def test_a_path_where_nothing_is_ends_the_start_with_one_line(uri: str) -> None:
     code, (line,) = start_failing(f"--storage_uri={uri}", *PORTS)
 
     assert code == 4
-    assert line.startswith(f"app.py: --storage_uri={uri}")
+    assert line.startswith(f"pinnace: --storage_uri={uri}")
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["directory", "file"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from betterproto2 import which_one_of
 
-from pinnace import NAME, __version__
 from pinnace.errors import InvalidInput
 from pinnace.grpc.service import Metadata, Service, parse, parse_text
 from pinnace.inference.dataplane import DataPlane
@@ -12,6 +11,7 @@ from pinnace.predictor import Request, RequestedOutput, Response
 from pinnace.proto.generated import inference as pb
 from pinnace.proto.wire import MAX_FIELDS
 from pinnace.tensors import Tensor, TensorSpec, raw_of_tensor, tensor_of_raw, tensor_of_values
+from pinnace.version import NAME, __version__
 
 SERVICE = "inference.GRPCInferenceService"
 MODEL_NAME = 1  # the number of the field in ModelInferRequest

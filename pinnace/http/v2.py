@@ -9,12 +9,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from pinnace import NAME, __version__
 from pinnace.errors import NotSupported
 from pinnace.http.request import body_type, cancel_on_disconnect, read_inference
 from pinnace.http.response import inference_response, json_response
 from pinnace.http.v2_codec import LENGTH_HEADER, InferExchange
 from pinnace.inference.dataplane import DataPlane
+from pinnace.version import NAME, __version__
 
 
 def routes(dataplane: DataPlane) -> list[Route]:

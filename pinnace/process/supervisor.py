@@ -20,11 +20,11 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
-from pinnace import STOP_SIGNALS
 from pinnace.cpus import available_cpus
 from pinnace.errors import ShutdownTimeout, one_line
 from pinnace.models.storage import model_of
 from pinnace.observability.metrics import MULTIPROCESS
+from pinnace.process import STOP_SIGNALS
 from pinnace.process.sockets import FORCE_EXIT, STOP, VARIABLE, bind_http, reserve_grpc
 from pinnace.runtimes.shared_weights import VARIABLE as SHARED_WEIGHTS
 from pinnace.settings import Settings

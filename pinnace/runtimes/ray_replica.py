@@ -13,7 +13,7 @@ from pathlib import Path
 from pinnace.errors import ServingError
 from pinnace.inference.local_model import LocalModel, ModelContext
 from pinnace.inference.scheduler import Scheduler
-from pinnace.observability.logging import REQUEST_ID, configure_logging, to_client_error
+from pinnace.observability.logging import REQUEST_ID, set_up_logging, to_client_error
 from pinnace.observability.metrics import MetricCall, ReplicaMetrics
 from pinnace.observability.timings import Latency
 from pinnace.predictor import ModelMetadata, Predictor, Request, Response
@@ -33,7 +33,7 @@ class Replica:
     """Loaded when it exists: Ray Serve counts it as running from then on."""
 
     def __init__(self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
-        configure_logging(settings, os.environ)
+        set_up_logging(settings, os.environ)
         self._metrics = ReplicaMetrics()
         shared = ModelContext(Scheduler(settings.max_asyncio_workers), self._metrics)
         self._model = LocalModel(predictor_class, settings, model_dir, shared)
