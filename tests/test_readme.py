@@ -264,7 +264,7 @@ def test_the_kinds_of_image_are_counted_right() -> None:
 def test_the_direct_requirements_are_thirteen() -> None:
     pins = [
         line
-        for name in ("requirements.txt", "requirements-base.txt")
+        for name in ("requirements/base.txt", "requirements/cpu.txt")
         for line in (PROJECT / name).read_text().splitlines()
     ]
 

@@ -289,7 +289,7 @@ def one_file(model_dir: Path, file: Path) -> Path:
 def test_without_the_library_a_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(storage, "LIBRARY", "a_library_that_is_not_installed")
 
-    with pytest.raises(ConfigurationError, match=r"pip install -r requirements-storage\.txt"):
+    with pytest.raises(ConfigurationError, match=r"pip install 'pinnace\[storage\]'"):
         fetch(URI, tmp_path)
 
 
