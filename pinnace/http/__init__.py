@@ -1,5 +1,1 @@
-"""REST and gRPC: bytes into requests and responses into bytes. What a request means is decided below."""
-
-import os
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before anybody imports grpc: its C core would log beside us
+"""The HTTP port: REST V1 and V2, the page and the API documentation, probes, and gRPC for platforms with one port."""

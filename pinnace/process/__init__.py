@@ -1,4 +1,4 @@
-"""The server as a process: its command line, its life from start to stop, and its workers."""
+"""The process: the command line, the life of the server, its workers, and what is checked before a start."""
 
 import signal
 

@@ -107,6 +107,7 @@ def _serve(flags: Sequence[str], program: str) -> int:
 
 def _run(settings: Settings, check_only: bool) -> int:
     """Run what the settings say, and return its exit code. Raises StartupError."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C core would log beside us
     # Each branch imports only what it needs: a supervisor takes 20 MB, a server five times as much.
     if check_only:
         from pinnace.process import check
