@@ -1,11 +1,12 @@
 # The model is exported, the server's requirements installed, and both copied to an image that has neither pip nor torch.
-#   docker build --build-arg WEIGHTS=pretrained --build-arg PRECISION=fp32 --build-arg ARCH=alexnet -t model-server .
+#   docker build --build-arg WEIGHTS=pretrained --build-arg PRECISION=fp32 --build-arg ARCH=alexnet -t pinnace .
 FROM python:3.11-slim-bookworm AS base
 
 
 FROM base AS export
 WORKDIR /export
-COPY requirements-base.txt requirements.txt requirements-export.txt ./
+COPY requirements requirements
+COPY constraints.txt requirements.txt requirements-export.txt ./
 COPY model_export/install.sh model_export/
 # Where CPU builds of torch come from; empty means pip's own index.
 ARG TORCH_INDEX_URL
@@ -22,7 +23,8 @@ RUN python -m model_export --arch "$ARCH" --weights "$WEIGHTS" --precision "$PRE
 
 FROM base AS install
 WORKDIR /install
-COPY requirements-base.txt requirements.txt requirements-gpu.txt requirements-storage.txt requirements-ray.txt ./
+COPY requirements requirements
+COPY constraints.txt requirements.txt requirements-gpu.txt requirements-storage.txt requirements-ray.txt ./
 # cpu, or gpu for CUDA; true for a server that downloads models itself, with --storage_uri; true for --engine=ray.
 ARG DEVICE=cpu
 ARG STORAGE=false
@@ -68,5 +70,5 @@ USER 1000:1000
 EXPOSE 8080 8081
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["python", "-m", "pinnace.process.healthcheck"]
 ENTRYPOINT ["python", "app.py"]
-LABEL org.opencontainers.image.title="model-server" \
+LABEL org.opencontainers.image.title="pinnace" \
   org.opencontainers.image.description="A torchvision classifier behind KServe's REST V1, V2 and gRPC protocols"

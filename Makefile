@@ -17,7 +17,7 @@ VENV := .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run model test test-ray chaos bench overload soak lint proto clean
+.PHONY: help run model test test-ray chaos bench overload soak lint proto constraints clean
 
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
@@ -30,6 +30,7 @@ help:
 	@echo "make soak    load the server for MINUTES=30, and watch its memory"
 	@echo "make lint    ruff and mypy"
 	@echo "make proto   generate pinnace/proto/generated from the .proto files"
+	@echo "make constraints   pin what the requirements require in constraints.txt; UPGRADE=--upgrade takes new releases"
 	@echo "make clean   remove the environments and the exported model"
 
 run: $(VENV)/.runtime model/model.onnx
@@ -68,8 +69,15 @@ proto: $(VENV)/.dev
 	rm -rf pinnace/proto/generated
 	$(VENV)/bin/python -m proto.generate
 
+# For Python 3.11 and newer. The GPU's requirements are left out: the export's torch needs other releases of CUDA's.
+constraints: $(VENV)/bin/python
+	$(PIP) uv==0.13.9
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --strip-extras --no-emit-index-url --no-annotate \
+	  $(UPGRADE) --output-file constraints.txt \
+	  requirements/base.txt requirements/cpu.txt requirements/ray.txt requirements/storage.txt
+
 clean:
-	rm -rf $(VENV) .venv-kserve model bench.png soak.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV) .venv-kserve model bench.png soak.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -77,12 +85,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The empty files say which requirements are installed, and since when.
-$(VENV)/.runtime: requirements.txt requirements-base.txt | $(VENV)/bin/python
+$(VENV)/.runtime: requirements.txt requirements/base.txt requirements/cpu.txt constraints.txt | $(VENV)/bin/python
 	@echo "installing the server's requirements"
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.export: requirements-export.txt model_export/install.sh $(VENV)/.runtime
+$(VENV)/.export: requirements-export.txt requirements/export.txt model_export/install.sh $(VENV)/.runtime
 	@echo "installing torch and torchvision for the export: a few minutes"
 	@PIP="$(VENV)/bin/python -m pip" sh model_export/install.sh $(VENV)/bin/python
 	@touch $@
@@ -92,7 +100,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.export
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/.ray: requirements-ray.txt $(VENV)/.runtime
+$(VENV)/.ray: requirements-ray.txt requirements/ray.txt $(VENV)/.runtime
 	@echo "installing Ray"
 	$(PIP) -r requirements-ray.txt
 	@touch $@

@@ -23,14 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-import onnxruntime
-
 from bench import load
 from bench.baseline import InProcessBaseline
 from bench.payloads import Payload, make_payloads
 from bench.report import Point, Row, compute_medians, compute_ratios, format_ratios, format_table, plot
 from bench.server_process import ServerProcess, memory_mib, run_pinnace, run_server
 from pinnace.cpus import available_cpus
+from pinnace.runtimes.onnx import load_onnxruntime
 
 REFERENCE_ENV = "BENCH_BASELINE"
 CONNECTIONS = (1, 16, 64)
@@ -70,7 +69,7 @@ def main() -> None:
     arguments.reference = parse_reference(os.environ.get(REFERENCE_ENV, ""))
     _print(
         f"{_cpu_name()}, {available_cpus()} CPUs, shared by server and load; Python {platform.python_version()}, "
-        f"ONNX Runtime {onnxruntime.__version__}. Request {arguments.request}; "
+        f"ONNX Runtime {load_onnxruntime().__version__}. Request {arguments.request}; "
         f"median of {arguments.rounds} rounds of {arguments.seconds:g} s."
     )
     rows: dict[str, list[Row]] = {}

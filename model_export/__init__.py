@@ -2,5 +2,3 @@
 
 It runs where torch is installed. The server never imports it; it imports the server, to verify what it wrote.
 """
-
-import pinnace as pinnace  # first: importing it turns ONNX Runtime's telemetry off

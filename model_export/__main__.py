@@ -7,23 +7,27 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from model_export.errors import DependencyMissing, ExportError
+from model_export.errors import DependencyMissing, ExportError, UsageError
+from pinnace.errors import StartupError
 from pinnace.observability.logging import banner
+from pinnace.runtimes.onnx import load_onnxruntime
 
 
-def main() -> int:
-    """Run the export, and return its exit code."""
+def main(arguments: Sequence[str] | None = None, program: str = "python -m model_export") -> int:
+    """Run the export, and return its exit code. `program` is the name in --help and before error messages."""
     signal.signal(signal.SIGTERM, _terminate)
+    name = program.split()[0] if program.startswith("pinnace") else "model_export"
     try:
-        return _export(_parse_arguments())
-    except ExportError as error:
-        sys.stderr.write(f"model_export: {error}\n")
+        return _export(_parse_arguments(arguments, program))
+    except (ExportError, StartupError) as error:
+        sys.stderr.write(f"{name}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("model_export: interrupted, no model was written\n")
+        sys.stderr.write(f"{name}: interrupted, no model was written\n")
         return 128 + signal.SIGINT
 
 
@@ -31,10 +35,14 @@ def _export(arguments: argparse.Namespace) -> int:
     log_step = _Progress()
     log_step("importing torch")
     # Imported here: torch takes seconds to import, and --help and a wrong flag should answer at once.
+    load_onnxruntime()
     try:
         from model_export import export, quantize, source, verify
     except ModuleNotFoundError as error:
-        raise DependencyMissing(f"{error.name} is not installed: install requirements-export.txt") from error
+        raise DependencyMissing(
+            f"{error.name} is not installed: run `pip install 'pinnace[cpu,export]'`, in a clone "
+            "`pip install -r requirements-export.txt`"
+        ) from error
 
     is_fp32 = arguments.precision == "fp32"
     # Read first, so that a wrong directory fails before the export has taken minutes.
@@ -67,9 +75,9 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m model_export",
+def _parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
+    parser = _Parser(
+        prog=program,
         description="Export a torchvision classifier to ONNX, and verify on photographs that the exported model gives "
         "the original's answers.",
     )
@@ -99,7 +107,13 @@ def _parse_arguments() -> argparse.Namespace:
         "fp16 or int8 on (default: scikit-image's photographs)",
     )
     parser.add_argument("--output", default="model", type=Path, help="directory to write the model to (default model)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, so that a wrong flag ends in one line."""
+        raise UsageError(f"{message} (--help lists the flags)")
 
 
 class _Progress:

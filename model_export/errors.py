@@ -32,7 +32,7 @@ class VerificationError(ExportError):
 class DependencyMissing(ExportError):
     """A package that only the export needs, such as torch, is not installed."""
 
-    exit_code = 5
+    exit_code = 12  # the server's exit code for a package that an extra installs
 
 
 class OutputError(ExportError):

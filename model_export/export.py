@@ -11,7 +11,6 @@ from pathlib import Path
 
 import onnx
 import onnx_ir
-import onnxruntime
 import torch
 
 from model_export.errors import OutputError
@@ -19,6 +18,7 @@ from model_export.source import Source
 from model_export.torchvision_compat import torchvision
 from pinnace.models.model_card import ModelCard
 from pinnace.models.storage import CHECKSUMS
+from pinnace.runtimes.onnx import load_onnxruntime
 
 OPSET = 20
 MODEL_FILE = "model.onnx"
@@ -44,7 +44,7 @@ def make_card(source: Source) -> ModelCard:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
+            "onnxruntime": load_onnxruntime().__version__,
         },
     )
 

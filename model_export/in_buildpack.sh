@@ -10,6 +10,6 @@ PIP_NO_CACHE_DIR=1 sh model_export/install.sh "$environment/bin/python"
   --arch "${ARCH:-alexnet}" --weights "${WEIGHTS:-auto}" --precision "${PRECISION:-fp32}" --output "$1/model"
 printf '[types]\nlaunch = true\n' > "$1/model.toml"
 ln -s "$1/model" model
-rm -rf "$environment" model_export requirements-*.txt
+rm -rf "$environment" model_export requirements requirements-*.txt constraints.txt
 # Compiled here, because the server cannot write to its directory. Checked by hash, because files in the image have no modification times.
 python -m compileall -q --invalidation-mode checked-hash .

@@ -12,7 +12,7 @@ install() {
 }
 
 if [ -n "$index" ]; then
-  pins=$(grep -o '^torch[a-z]*==[0-9.]*' requirements-export.txt)
+  pins=$(grep -o '^torch[a-z]*==[0-9.]*' requirements/export.txt)
   # shellcheck disable=SC2086 the pins are separate arguments
   install --retries 1 --no-deps --index-url "$index" $pins 2>/dev/null ||
     echo "cannot install torch from $index: using the build of pip's own index"

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnx_ir
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from model_export.errors import UsageError, VerificationError
 from model_export.export import write_model
@@ -23,6 +22,7 @@ from pinnace.models.classifier import Classifier
 from pinnace.models.image import SIGNATURES, decode
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
+from pinnace.runtimes.onnx import load_onnxruntime
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
 
@@ -124,6 +124,9 @@ def convert_to_int8(fp32_dir: Path, images: Sequence[bytes]) -> onnx_ir.Model:
 
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
+
+    load_onnxruntime()  # without telemetry
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class ImageReader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -197,6 +197,10 @@ class PredictorError(StartupError, exit_code=7):
     """
 
 
+class PackageMissing(StartupError, exit_code=12):
+    """A package that an extra brings is not installed."""
+
+
 class RayUnavailable(StartupError, exit_code=10):
     """Ray is not installed, cannot be started or joined, or cannot run the model.
 

@@ -256,4 +256,4 @@ def test_unusable_certificate_or_key_files_stop_the_start(
     code, lines = expect_start_failure(ECHO, "--http_port=0", "--grpc_port=0", *formatted)
 
     assert (code, len(lines)) == (2, 1)
-    assert lines[0].startswith(f"app.py: {problem}")
+    assert lines[0].startswith(f"pinnace: {problem}")

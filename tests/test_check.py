@@ -67,7 +67,7 @@ def test_check_fails_if_any_model_does_not_load(tmp_path: Path) -> None:
     )
 
     assert (code, lines) == (4, [])
-    assert problem == f"app.py: {tmp_path}/none, where bad should be, does not exist: see --model_dir"
+    assert problem == f"pinnace: {tmp_path}/none, where bad should be, does not exist: see --model_dir"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_check_ends_with_the_exit_code_of_a_failed_start(flags: list[str], code:
     found, lines, problem = run_check(*flags)
 
     assert (found, lines) == (code, [])
-    assert problem.startswith("app.py: ")
+    assert problem.startswith("pinnace: ")
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

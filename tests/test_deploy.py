@@ -115,6 +115,26 @@ def test_kubernetes_waits_for_the_servers_own_drain(file: Path) -> None:
             assert slept + 25 < spec["terminationGracePeriodSeconds"]
 
 
+def pod_specs(value: Any) -> Iterator[Manifest]:
+    """Every pod specification in a manifest: a predictor's, or a pod template's."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in ("predictor", "template"):
+                yield inner.get("spec", inner)
+            yield from pod_specs(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from pod_specs(inner)
+
+
+@pytest.mark.parametrize("file", [*MANIFESTS, PROJECT / "deploy/ray/rayservice.yaml"], ids=lambda file: file.stem)
+def test_no_pod_gets_the_variables_of_services(file: Path) -> None:
+    """PINNACE_HTTP_PORT=tcp://… of a Service named pinnace-http would stand in the place of a setting."""
+    specs = [spec for document in documents(file) for spec in pod_specs(document["spec"])]
+
+    assert [spec["enableServiceLinks"] for spec in specs] == [False] * max(1, len(specs))
+
+
 def test_the_gpus_container_starts_on_a_gpu(model_dir: Path) -> None:
     if not HAS_CUDA:
         pytest.skip(f"no {CUDA} in this onnxruntime: on a GPU this starts deploy/gpu.yaml's container")

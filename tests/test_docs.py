@@ -12,13 +12,13 @@ import yaml
 from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import validate
 
-from pinnace import __version__
 from pinnace.http.app import ROUTERS
 from pinnace.http.docs import DOCUMENT
 from pinnace.inference.dataplane import DataPlane
 from pinnace.inference.repository import Repository
 from pinnace.observability.metrics import Metrics
 from pinnace.settings import Settings
+from pinnace.version import __version__
 from tests.support.browser import needs_browser, open_page
 from tests.support.servers import Server, run_server
 

@@ -1,15 +1,21 @@
-"""pinnace/command_line.py: where each setting comes from, and what stops the start."""
+"""pinnace/process/flags.py and cli.py: the commands, where each setting comes from, and what stops the start."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from pinnace.errors import ConfigurationError
-from pinnace.process.flags import environment_variable, parse_settings
+from pinnace.process.flags import environment_variable, parse_settings, warn_of_unknown_variables
 from pinnace.settings import GROUPS, Settings
+from pinnace.version import __version__
+from tests.support.servers import PROJECT, run_server
 
 
 def test_without_flags_and_environment_every_setting_has_its_default() -> None:
@@ -126,7 +132,7 @@ def test_kserves_flag_is_taken_with_its_default(flag: str) -> None:
 )
 def test_kserves_flag_for_transformers_is_refused_and_explained(flag: str) -> None:
     """Its server takes them and, without a transformer's code, does nothing with them."""
-    with pytest.raises(ConfigurationError, match="are for transformers: this is none"):
+    with pytest.raises(ConfigurationError, match="are for transformers, and this is no transformer"):
         parse_settings([flag], {})
 
 
@@ -190,8 +196,15 @@ def test_the_model_dir_is_a_path() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "problem"),
     [
-        (["--no_such_flag=1"], {}, "unrecognized arguments: --no_such_flag=1 (--help lists the flags)"),
-        (["--http"], {}, "unrecognized arguments: --http (--help lists the flags)"),
+        (["--no_such_flag=1"], {}, "unknown flag --no_such_flag (--help lists the flags)"),
+        (["--http"], {}, "unknown flag --http, did you mean --http_port? (--help lists the flags)"),
+        (
+            ["--max-batchsize=4"],
+            {},
+            "unknown flag --max-batchsize, did you mean --max_batch_size? (--help lists the flags)",
+        ),
+        (["--chek"], {}, "unknown flag --chek, did you mean --check? (--help lists the flags)"),
+        (["model"], {}, "unexpected argument model: a flag is written --flag=value (--help lists the flags)"),
         (["--http_port"], {}, "argument --http_port: expected one argument (--help lists the flags)"),
         (["--http_port=eighty"], {}, "--http_port must be a whole number, not eighty"),
         (["--http_port=65536"], {}, "--http_port must lie between 0 and 65535, not 65536"),
@@ -250,3 +263,136 @@ def test_help_shows_every_flag_once_in_its_group(capsys: pytest.CaptureFixture[s
     assert [line for line in lines if line in {f"{title}:" for title in GROUPS.values()}] == [
         f"{title}:" for title in GROUPS.values()
     ]
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.1:80", "udp://10.0.0.1:53"])
+def test_an_address_that_kubernetes_injects_for_a_service_is_no_setting(value: str) -> None:
+    """A Service named pinnace-http sets PINNACE_HTTP_PORT to one, and pinnace-grpc PINNACE_GRPC_PORT."""
+    environment = {"PINNACE_HTTP_PORT": value, "PINNACE_GRPC_PORT": value, "PINNACE_MODEL_DIR": value}
+
+    assert parse_settings([], environment) == Settings()
+
+
+def test_an_address_that_kubernetes_injects_leaves_the_platforms_own_variable_in_force() -> None:
+    assert parse_settings([], {"PINNACE_HTTP_PORT": "tcp://10.0.0.1:80", "PORT": "9000"}).http_port == 9000
+
+
+def test_an_unknown_variable_is_warned_of_with_the_nearest_setting(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_unknown_variables({"PINNACE_MAX_BATCHSIZE": "8", "PINNACE_MODEL_DIR": "a", "OTHER": "", "PINNACE_": ""})
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "PINNACE_ is unknown and ignored" in caplog.messages[0]
+    assert caplog.messages[1] == (
+        "the environment variable PINNACE_MAX_BATCHSIZE is unknown and ignored: the nearest is PINNACE_MAX_BATCH_SIZE"
+    )
+
+
+def test_variables_of_services_and_of_our_own_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    services = {
+        "PINNACE_SERVICE_HOST": "10.0.0.1",
+        "PINNACE_SERVICE_PORT_HTTP": "80",
+        "PINNACE_PORT": "tcp://10.0.0.1:80",
+        "PINNACE_PORT_80_TCP_ADDR": "10.0.0.1",
+        "PINNACE_HTTP_SERVICE_HOST": "10.0.0.2",
+        "PINNACE_HTTP_SERVICE_PORT": "80",
+        "PINNACE_HTTP_PORT": "tcp://10.0.0.2:80",
+        "PINNACE_HTTP_PORT_80_TCP": "tcp://10.0.0.2:80",
+        "PINNACE_HTTP_PORT_80_TCP_PROTO": "tcp",
+        "PINNACE_PREDICTOR": "tcp://10.0.0.3:80",
+    }
+    code = "".join(file.read_text() for file in (PROJECT / "pinnace").rglob("*.py"))
+    ours = dict.fromkeys(re.findall(r"\"(PINNACE_[A-Z_]+)\"", code), "1")
+
+    warn_of_unknown_variables(services)
+    warn_of_unknown_variables({name: value for name, value in ours.items() if name != SOCKETS_ENV})
+
+    assert {SOCKETS_ENV, "PINNACE_SHARED_WEIGHTS_DIR"} <= ours.keys()
+    assert caplog.messages == []
+
+
+def test_a_start_warns_of_an_unknown_variable_once_whatever_the_number_of_workers() -> None:
+    with run_server(
+        "--predictor=tests.predictors:Echo",
+        "--workers=2",
+        environment={**os.environ, "PINNACE_MODEL_DIRS": "a", "PINNACE_PORT_80_TCP": "tcp://10.0.0.1:80"},
+    ) as server:
+        assert server.stop() == 0
+
+    warnings = [line for line in server.log if "is unknown and ignored" in line]
+    assert len(warnings) == 1
+    assert "PINNACE_MODEL_DIRS is unknown and ignored: the nearest is PINNACE_MODEL_DIR\n" in warnings[0]
+
+
+COMMANDS = {
+    "app.py": [sys.executable, "app.py"],
+    "pinnace serve": [sys.executable, "-m", "pinnace", "serve"],
+    "pinnace check": [sys.executable, "-m", "pinnace", "check"],
+}
+
+
+def run(*command: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_calls_itself_as_it_was_started(name: str) -> None:
+    code, shown, _ = run(*COMMANDS[name], "--help")
+
+    assert code == 0
+    assert shown.startswith(f"usage: {'python ' * (name == 'app.py')}{name} [--flag=value …]\n")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["serve", "--version"], ["check", "--version"]])
+def test_the_command_and_the_module_print_the_version(arguments: list[str]) -> None:
+    assert run(sys.executable, "-m", "pinnace", *arguments) == (0, f"{__version__}\n", "")
+
+
+def test_the_help_of_the_command_lists_its_commands() -> None:
+    code, shown, _ = run(sys.executable, "-m", "pinnace", "--help")
+
+    assert code == 0
+    assert re.findall(r"^  (\w+)  ", shown, re.MULTILINE) == ["serve", "check", "export"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "a command is missing (--help lists the commands)"),
+        (["server"], "unknown command server, did you mean serve? (--help lists the commands)"),
+        (["frobnicate"], "unknown command frobnicate (--help lists the commands)"),
+        (
+            ["--http_port=1"],
+            "a command must come first, as in `pinnace serve --http_port=1` (--help lists the commands)",
+        ),
+        (["serve", "--htp_port=1"], "unknown flag --htp_port, did you mean --http_port? (--help lists the flags)"),
+        (["check", "--workers=no"], "--workers must be a whole number, not no"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_exit_code_2_and_one_line(arguments: list[str], problem: str) -> None:
+    assert run(sys.executable, "-m", "pinnace", *arguments) == (2, "", f"pinnace: {problem}\n")
+
+
+def test_check_says_what_serve_would_serve() -> None:
+    as_command = run(sys.executable, "-m", "pinnace", "check", "--predictor=tests.predictors:Echo")
+    as_flag = run(sys.executable, "app.py", "--check", "--predictor=tests.predictors:Echo")
+
+    assert as_command == as_flag
+    assert as_command[0] == 0
+    assert as_command[1].startswith("custom-model: ready\n")
+
+
+def test_export_takes_the_flags_of_model_export_under_its_own_name() -> None:
+    code, shown, _ = run(sys.executable, "-m", "pinnace", "export", "--help")
+
+    assert code == 0
+    assert shown.startswith("usage: pinnace export ")
+    assert "--weights" in shown
+
+
+def test_a_wrong_flag_of_an_export_ends_with_exit_code_2_and_one_line() -> None:
+    code, _, said = run(sys.executable, "-m", "pinnace", "export", "--precision=fp64")
+
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert said.startswith("pinnace: argument --precision: invalid choice: 'fp64'")

@@ -11,8 +11,8 @@ import pytest
 
 from bench.server_process import memory_mib
 from model_export.source import Source
-from pinnace import __version__
 from pinnace.settings import MIB
+from pinnace.version import __version__
 from tests.support.clients import call_grpc, make_image_request, make_tensor_request, make_v1_request
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS
 from tests.support.reference import preprocess_with_torchvision

@@ -150,7 +150,7 @@ def test_an_address_of_another_machine_stops_the_start(host: str) -> None:
     code, lines = expect_start_failure("--predictor=tests.support.predictors:Echo", f"--host={host}", "--http_port=0")
 
     assert (code, len(lines)) == (3, 1)
-    assert lines[0].startswith("app.py: HTTP cannot listen on port 0 of ")
+    assert lines[0].startswith("pinnace: HTTP cannot listen on port 0 of ")
 
 
 def test_at_max_connections_a_new_connection_evicts_the_one_that_is_idle_longest() -> None:

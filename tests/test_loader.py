@@ -131,13 +131,13 @@ def test_runs_that_use_all_cores_take_turns(make_gate: Callable[[str], Path]) ->
 @pytest.mark.parametrize(
     ("flags", "code", "problem"),
     [
-        (["--model=a=/no/such/folder,b=/nor/this"], 4, "app.py: /no/such/folder, where a should be, does not exist"),
-        (["--model=a=,a="], 2, "app.py: --model names a twice"),
-        (["--model=a"], 2, "app.py: --model must be NAME=DIR, the name without slash, colon or blank, not a"),
+        (["--model=a=/no/such/folder,b=/nor/this"], 4, "pinnace: /no/such/folder, where a should be, does not exist"),
+        (["--model=a=,a="], 2, "pinnace: --model names a twice"),
+        (["--model=a"], 2, "pinnace: --model must be NAME=DIR, the name without slash, colon or blank, not a"),
         (
             ["--model=a=", "--predictor=b=tests.support.predictors:Echo"],
             2,
-            "app.py: --predictor names b, which is no model: ",
+            "pinnace: --predictor names b, which is no model: ",
         ),
     ],
 )

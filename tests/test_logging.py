@@ -340,7 +340,7 @@ def test_the_level_is_set_by_kserves_variable(tmp_path: Path) -> None:
 
     code, lines = expect_start_failure(ECHO, "--http_port=0", environment={**os.environ, "KSERVE_LOGLEVEL": "loud"})
     assert code == 2
-    assert lines == ["app.py: KSERVE_LOGLEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not LOUD"]
+    assert lines == ["pinnace: KSERVE_LOGLEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not LOUD"]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_configuration_that_cannot_be_used_stops_the_start_with_one_line(
     code, lines = expect_start_failure(ECHO, f"--log_config_file={tmp_path / name}")
 
     assert (code, len(lines)) == (2, 1)
-    assert lines[0].startswith(f"app.py: --log_config_file={tmp_path / name} cannot be used: ")
+    assert lines[0].startswith(f"pinnace: --log_config_file={tmp_path / name} cannot be used: ")
 
 
 def test_the_ini_of_these_tests_is_valid() -> None:

@@ -89,5 +89,5 @@ def test_kuberay_gets_the_same_configuration_and_the_pinned_ray() -> None:
     resource: Mapping[str, Any] = yaml.safe_load((PROJECT / "deploy/ray/rayservice.yaml").read_text())["spec"]
 
     assert yaml.safe_load(resource["serveConfigV2"]) == yaml.safe_load(CONFIGURATION.read_text())
-    pinned = (PROJECT / "requirements-ray.txt").read_text()
+    pinned = (PROJECT / "requirements/ray.txt").read_text()
     assert f"ray[serve]=={resource['rayClusterConfig']['rayVersion']} " in pinned

@@ -236,7 +236,7 @@ def test_the_server_ends_with_its_own_exit_code_after_its_requests_when_the_ray_
             server.wait_for_line(re.compile("stopping: 1 requests in flight"))
         assert answer.result().json() == {"predictions": [1]}
         assert server.wait() == 11
-    assert server.log[-1].startswith("app.py: Ray's head at ")
+    assert server.log[-1].startswith("pinnace: Ray's head at ")
 
 
 @needs_ray
@@ -246,8 +246,8 @@ def test_a_model_that_no_replica_can_load_stops_the_start_with_a_reason() -> Non
     )
 
     assert code == 10
-    (line,) = [line for line in lines if line.startswith("app.py: ")]
-    assert line.startswith("app.py: Ray Serve cannot run custom-model: ")
+    (line,) = [line for line in lines if line.startswith("pinnace: ")]
+    assert line.startswith("pinnace: Ray Serve cannot run custom-model: ")
     assert "no such table: weights" in line
 
 
@@ -261,7 +261,7 @@ def test_options_that_ray_refuses_stop_the_start_with_one_line(flag: str) -> Non
     )
 
     assert code == 2
-    assert lines[-1].startswith("app.py: --ray_actor_options or --autoscaling_config: ")
+    assert lines[-1].startswith("pinnace: --ray_actor_options or --autoscaling_config: ")
 
 
 @needs_ray

@@ -268,7 +268,7 @@ def test_the_number_of_image_kinds_is_correct() -> None:
 def test_the_direct_requirements_are_thirteen() -> None:
     pins = [
         line
-        for name in ("requirements.txt", "requirements-base.txt")
+        for name in ("requirements/base.txt", "requirements/cpu.txt")
         for line in (PROJECT / name).read_text().splitlines()
     ]
 

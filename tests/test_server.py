@@ -98,7 +98,7 @@ def test_requests_that_outlast_the_grace_period_are_cancelled_and_counted(
         with opened.result(timeout=30):
             assert server.stop() == 8
 
-    assert server.log[-1] == "app.py: stopped at the end of --grace_period_seconds with 1 requests unanswered\n"
+    assert server.log[-1] == "pinnace: stopped at the end of --grace_period_seconds with 1 requests unanswered\n"
 
 
 @pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
@@ -111,7 +111,7 @@ def test_a_second_signal_stops_at_once(workers: str, tmp_path: Path, make_gate: 
             assert server.wait_for_line(re.compile("stopping: 1"))
             assert server.stop() == 8
 
-    assert "app.py: stopped at a second signal with 1 requests unanswered\n" in server.log
+    assert "pinnace: stopped at a second signal with 1 requests unanswered\n" in server.log
 
 
 def test_a_stopping_server_is_not_ready_but_answers_during_the_drain_delay(google: ModuleType) -> None:
@@ -263,26 +263,26 @@ def test_a_port_in_use_stops_the_start_with_its_exit_code_and_one_line(flag: str
 @pytest.mark.parametrize(
     ("flags", "code", "problem"),
     [
-        (["--no_such_flag"], 2, "app.py: unrecognized arguments: --no_such_flag (--help lists the flags)"),
-        (["--model_dir=/no/such/folder"], 4, "app.py: /no/such/folder, where custom-model should be, does n"),
-        (["--model_dir=tests"], 4, "app.py: tests must hold exactly one .onnx file, and holds none: see --model_dir"),
-        (["--model_dir=README.md"], 5, "app.py: README.md cannot be loaded ("),
-        (["--predictor=no.such.module:Class"], 7, "app.py: --predictor=no.such.module:Class cannot be imported: Mod"),
+        (["--no_such_flag"], 2, "pinnace: unrecognized arguments: --no_such_flag (--help lists the flags)"),
+        (["--model_dir=/no/such/folder"], 4, "pinnace: /no/such/folder, where custom-model should be, does n"),
+        (["--model_dir=tests"], 4, "pinnace: tests must hold exactly one .onnx file, and holds none: see --model_dir"),
+        (["--model_dir=README.md"], 5, "pinnace: README.md cannot be loaded ("),
+        (["--predictor=no.such.module:Class"], 7, "pinnace: --predictor=no.such.module:Class cannot be imported: Mod"),
         (
             ["--predictor=tests.support.predictors:Absent"],
             7,
-            "app.py: --predictor=tests.support.predictors:Absent cannot be imported",
+            "pinnace: --predictor=tests.support.predictors:Absent cannot be imported",
         ),
-        (["--predictor=json:JSONDecoder"], 7, "app.py: --predictor=json:JSONDecoder is no subclass of pinnace.predi"),
+        (["--predictor=json:JSONDecoder"], 7, "pinnace: --predictor=json:JSONDecoder is no subclass of pinnace.predi"),
         (
             ["--predictor=tests.support.predictors:ExitingLoad"],
             7,
-            "app.py: ExitingLoad failed to load: SystemExit: no weights",
+            "pinnace: ExitingLoad failed to load: SystemExit: no weights",
         ),
         (
             ["--predictor=tests.support.predictors:FailingLoad"],
             7,
-            "app.py: FailingLoad failed to load: RuntimeError: no such ta",
+            "pinnace: FailingLoad failed to load: RuntimeError: no such ta",
         ),
     ],
 )
@@ -305,7 +305,7 @@ def test_an_unreadable_model_stops_the_start_with_its_exit_code_and_one_line(
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
 
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
-    assert done.stderr.startswith("app.py: ")
+    assert done.stderr.startswith("pinnace: ")
 
 
 def test_a_start_without_standard_error_succeeds() -> None:
@@ -321,7 +321,7 @@ def test_unavailable_cuda_stops_the_start_with_its_exit_code_and_one_line(model_
     code, lines = expect_start_failure(f"--model_dir={model_dir}", "--device=cuda", "--http_port=0", "--grpc_port=0")
 
     assert (code, len(lines)) == (6, 1)
-    assert lines[0].startswith("app.py: --device=cuda, but CUDA cannot be had")
+    assert lines[0].startswith("pinnace: --device=cuda, but CUDA cannot be had")
 
 
 def test_without_grpc_no_port_serves_grpc(google: ModuleType) -> None:

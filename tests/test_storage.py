@@ -173,7 +173,7 @@ def test_a_missing_object_stops_the_start_with_one_line(s3: S3, tmp_path: Path) 
     )
 
     assert code == 9
-    assert lines[-1].startswith(f"app.py: --storage_uri={URI} cannot be downloaded (")
+    assert lines[-1].startswith(f"pinnace: --storage_uri={URI} cannot be downloaded (")
     assert list_cache(tmp_path) == []
 
 
@@ -238,7 +238,7 @@ def test_an_incomplete_download_is_discarded_and_its_error_contains_no_secret(tm
 
     assert BreakingHandler.requested
     assert code == 9
-    assert lines[-1].startswith(f"app.py: --storage_uri=http://{address} cannot be downloaded (")
+    assert lines[-1].startswith(f"pinnace: --storage_uri=http://{address} cannot be downloaded (")
     assert "hidden" not in "".join(lines)
     assert list_cache(tmp_path) == []
 
@@ -276,7 +276,7 @@ def test_a_missing_path_stops_the_start_with_one_line(uri: str) -> None:
     code, (line,) = expect_start_failure(f"--storage_uri={uri}", *PORTS)
 
     assert code == 4
-    assert line.startswith(f"app.py: --storage_uri={uri}")
+    assert line.startswith(f"pinnace: --storage_uri={uri}")
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["directory", "file"])
@@ -301,7 +301,7 @@ def write_single_file(model_dir: Path, file: Path) -> Path:
 def test_the_error_of_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(storage, "LIBRARY", "a_library_that_is_not_installed")
 
-    with pytest.raises(ConfigurationError, match=r"pip install -r requirements-storage\.txt"):
+    with pytest.raises(ConfigurationError, match=r"pip install 'pinnace\[storage\]'"):
         fetch(URI, tmp_path)
 
 

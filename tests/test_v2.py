@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from model_export.source import Source
-from pinnace import __version__
+from pinnace.version import __version__
 from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS
 from tests.support.reference import preprocess_with_torchvision

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pinnace import __version__
+from pinnace.version import __version__
 from tests.support.servers import PROJECT
 
 

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 from betterproto2 import which_one_of
 
-from pinnace import NAME, __version__
 from pinnace.errors import InvalidInput
 from pinnace.grpc.service import Metadata, Service, parse, parse_text
 from pinnace.inference.admission import ByteBudget
@@ -23,6 +22,7 @@ from pinnace.predictor import Request, RequestedOutput, Response
 from pinnace.proto.generated import inference as pb
 from pinnace.proto.wire import MAX_FIELDS
 from pinnace.tensors import Tensor, TensorSpec
+from pinnace.version import NAME, __version__
 
 SERVICE = "inference.GRPCInferenceService"
 MODEL_NAME_FIELD = 1  # its number in ModelInferRequest

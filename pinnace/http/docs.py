@@ -13,7 +13,6 @@ from starlette.responses import FileResponse, HTMLResponse
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from pinnace import __version__
 from pinnace.http.json import dump_json
 from pinnace.http.v1 import V1Codec
 from pinnace.inference.codec import EncodedRequest
@@ -21,6 +20,7 @@ from pinnace.inference.dataplane import DataPlane
 from pinnace.inference.model import Model
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
+from pinnace.version import __version__
 
 DOCUMENT = Path(__file__).with_name("openapi.yaml")
 ASSETS = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")

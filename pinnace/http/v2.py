@@ -17,7 +17,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from pinnace import NAME, __version__
 from pinnace.errors import InvalidInput, NotSupported
 from pinnace.http.inference import infer
 from pinnace.http.json import dump_json, parse_json
@@ -27,6 +26,7 @@ from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.dataplane import DataPlane
 from pinnace.predictor import Request, RequestedOutput, Response
 from pinnace.tensors import Tensor
+from pinnace.version import NAME, __version__
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
 FP16_IN_JSON = "Sending FP16 data via JSON is not supported. Please use the binary data format for {}"  # KServe's text

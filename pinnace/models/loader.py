@@ -18,7 +18,7 @@ from pinnace.settings import DEFAULT_PREDICTOR, Settings
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PATHS = (MOUNTED, Path(__file__).parent.parent.parent / "model")
+ROOT = Path(__file__).parent.parent.parent  # a clone, /app in an image, or site-packages
 
 
 def make_models(settings: Settings, context: ModelContext) -> list[Model]:
@@ -57,8 +57,7 @@ def load(models: Sequence[Model], require_all: bool = False) -> None:
 def _model_paths(settings: Settings) -> dict[str, Path | None]:
     """Where each model lies."""
     if not settings.model:
-        found = (path for path in DEFAULT_PATHS if path.exists())
-        path = settings.model_dir or model_of(settings) or next(found, None)
+        path = settings.model_dir or model_of(settings) or _default_path()
         return {**_models_in(path)} or {settings.model_name: path}
     paths: dict[str, Path | None] = {}
     for text in settings.model:
@@ -67,6 +66,14 @@ def _model_paths(settings: Settings) -> dict[str, Path | None]:
             raise ConfigurationError(f"--model names {name} twice")
         paths[name] = Path(directory) if directory else None
     return paths
+
+
+def _default_path() -> Path | None:
+    """Return the first that exists of KServe's mount, `model` in the working directory, and `model` beside app.py."""
+    paths = [MOUNTED, Path("model").absolute()]
+    if (ROOT / "app.py").exists() and ROOT.name not in ("site-packages", "dist-packages"):
+        paths.append(ROOT / "model")
+    return next((path for path in paths if path.exists()), None)
 
 
 def _models_in(path: Path | None) -> dict[str, Path]:

@@ -50,10 +50,11 @@ def fetch(uri: str, cache_dir: Path | None) -> Path:
         return _existing(MOUNTED, f"{uri}, which Kubernetes would mount at {MOUNTED},")
     if importlib.util.find_spec(LIBRARY) is None:
         raise ConfigurationError(
-            f"--storage_uri={redact_uri(uri)} needs a library: `pip install -r requirements-storage.txt`"
+            f"--storage_uri={redact_uri(uri)} needs a library: "
+            "`pip install 'pinnace[storage]'`, in a clone `pip install -r requirements-storage.txt`"
         )
     caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "") + "/.cache"
-    cache_dir = cache_dir or Path(caches, "model-server")
+    cache_dir = cache_dir or Path(caches, "pinnace")
     target = cache_dir / hashlib.sha256(uri.encode()).hexdigest()[:16]
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

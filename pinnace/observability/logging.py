@@ -103,8 +103,8 @@ def status_phrase(status: Any) -> str:
         return str(status)
 
 
-def configure_logging(settings: Settings, environment: Mapping[str, str]) -> None:
-    """Raises BadSetting."""
+def set_up_logging(settings: Settings, environment: Mapping[str, str]) -> None:
+    """Configure the process's logging as the settings say. Raises ConfigurationError."""
     level = environment.get("KSERVE_LOGLEVEL", "INFO").upper()
     if level not in COLOURS:
         raise ConfigurationError(f"KSERVE_LOGLEVEL must be one of {', '.join(COLOURS)}, not {level}")
@@ -116,13 +116,13 @@ def configure_logging(settings: Settings, environment: Mapping[str, str]) -> Non
     try:
         if file is None:
             colours = bool(sys.stderr and sys.stderr.isatty()) and not environment.get("NO_COLOR")
-            configure(_default_configuration(level, settings.log_format, colours))
+            configure_logging(_default_configuration(level, settings.log_format, colours))
         elif file.suffix == ".json":
-            configure(json.loads(file.read_text()))
+            configure_logging(json.loads(file.read_text()))
         elif file.suffix in (".yaml", ".yml"):
             import yaml  # only who has such a file needs it
 
-            configure(yaml.safe_load(file.read_text()))
+            configure_logging(yaml.safe_load(file.read_text()))
         else:
             ini = configparser.RawConfigParser()
             ini.read_string(_ours(file.read_text()))
@@ -131,8 +131,11 @@ def configure_logging(settings: Settings, environment: Mapping[str, str]) -> Non
         raise ConfigurationError(f"--log_config_file={file} cannot be used: {one_line(error)}") from error
 
 
-def configure(configuration: dict[str, Any]) -> None:
-    """For a predictor that brings its own: as logging.config.dictConfig; those written for KServe work unchanged."""
+def configure_logging(configuration: dict[str, Any]) -> None:
+    """Configure logging from a predictor's own dictionary, as `logging.config.dictConfig` does.
+
+    Configurations written for KServe work unchanged: uvicorn's formatter classes are replaced by the ones here.
+    """
     logging.config.dictConfig(_ours(configuration))
 
 

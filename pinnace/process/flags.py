@@ -1,30 +1,40 @@
-"""Flags and environment variables to Settings.
+"""The settings from flags and environment variables.
 
-A flag wins over its environment variable, that over the platform's own (PORT, K_SERVICE, KServe's), that over the
-default. Environment variables matter because in a buildpack image arguments replace the Procfile's whole line.
+A flag overrides its environment variable, which overrides the platform's own (PORT, K_SERVICE, KServe's), which
+overrides the default. Environment variables matter: in a buildpack image, arguments replace the Procfile's whole line.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from pinnace import __version__
 from pinnace.errors import ConfigurationError
 from pinnace.settings import GROUPS, Settings
+from pinnace.version import NAME, __version__
 
-ENVIRONMENT_PREFIX = "PINNACE_"  # bare names would clash: Kubernetes sets HTTP_PORT=tcp://… for a service named http
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_PREFIX = "PINNACE_"
+INTERNAL_VARIABLES = frozenset({SOCKETS_ENV, SHARED_WEIGHTS_ENV})  # which a supervisor sets for its workers
+# Kubernetes sets these for a Service named pinnace, or pinnace-…; PINNACE_HTTP_PORT=tcp://… clashes with a setting.
+SERVICE_VARIABLES = re.compile(r"PINNACE_(SERVICE_|PORT).*|.+_(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP))(_.*)?")
+SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 KSERVE_VARIABLES = ("protocol", "storage_uri", "ce_type", "ce_source", "ce_merge")  # known under their bare names
 CHECK = "--check"
 BOOLEANS = dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True) | dict.fromkeys(
     ("n", "no", "f", "false", "off", "0"), False
 )  # as KServe's flags take them
-TRANSFORMERS = "KServe's --predictor_* flags and --enable_predictor_health_check are for transformers: this is none."
+TRANSFORMERS = (
+    "KServe's --predictor_* flags and --enable_predictor_health_check are for transformers, and this is no transformer."
+)
 
 
 def environment_variable(name: str) -> str:
@@ -32,16 +42,34 @@ def environment_variable(name: str) -> str:
 
 
 def default_text(default: Any) -> str:
-    """A default as one would write it in a flag."""
+    """Return a default as a flag's value is written."""
     if isinstance(default, tuple):
         return ",".join(default)
     return str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
 
 
-def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Raises BadSetting; --help and --version print and exit."""
+def warn_of_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Log a warning for each PINNACE_… variable that is no setting's; a supervisor's workers leave that to it."""
+    if SOCKETS_ENV in environment:
+        return
+    settings = [environment_variable(entry.name) for entry in fields(Settings)]
+    for name in sorted(environment.keys() - {*settings, *INTERNAL_VARIABLES}):
+        if not name.startswith(ENVIRONMENT_PREFIX) or SERVICE_VARIABLES.fullmatch(name):
+            continue
+        if not SERVICE_ADDRESS.match(environment[name]):
+            (nearest,) = get_close_matches(name, settings, 1, cutoff=0)
+            logger.warning("the environment variable %s is unknown and ignored: the nearest is %s", name, nearest)
+
+
+def parse_settings(
+    arguments: Sequence[str], environment: Mapping[str, str], program: str = f"{NAME} serve"
+) -> Settings:
+    """Return the settings; `program` is how --help calls it. Raises ConfigurationError; --help and --version exit."""
     types = get_type_hints(Settings)
-    given = vars(_parser(types).parse_args(arguments))
+    flags, unknown = _parser(types, program).parse_known_args(arguments)
+    if unknown:
+        raise ConfigurationError(_unknown_argument(unknown[0]))
+    given = vars(flags)
     values: dict[str, Any] = {}
     for entry in fields(Settings):
         source, text = _source(entry.name, given, environment)
@@ -49,9 +77,9 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
             continue
         value = _convert(source, text, types[entry.name])
         if check := entry.metadata["check"]:
-            for one in value if isinstance(value, tuple) else [value]:
-                if problem := check(one):
-                    raise ConfigurationError(f"{source} {problem}, not {one}")
+            for item in value if isinstance(value, tuple) else [value]:
+                if problem := check(item):
+                    raise ConfigurationError(f"{source} {problem}, not {item}")
         values[entry.name] = value
     settings = Settings(**values)
     if settings.enable_grpc and settings.http_port == settings.grpc_port != 0:
@@ -74,13 +102,14 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
 
 def _source(name: str, given: Mapping[str, str | list[str]], environment: Mapping[str, str]) -> tuple[str, str]:
-    """Where the setting's value is taken from, and its text; an empty text means nowhere."""
+    """Return where the setting's value comes from, and its text, which is empty where it is not set."""
     variable = environment_variable(name)
     if name in given:
-        text = given[name]
-        return f"--{name}", text if isinstance(text, str) else ",".join(text)
-    if environment.get(variable):
-        return variable, environment[variable]
+        value = given[name]
+        return f"--{name}", value if isinstance(value, str) else ",".join(value)
+    text = environment.get(variable, "")
+    if text and not SERVICE_ADDRESS.match(text):
+        return variable, text
     if name == "http_port":
         # Knative and Cloud Run set PORT to the published port. Where that is gRPC's, REST stays where it is.
         published = environment.get("PORT", "")
@@ -93,6 +122,19 @@ def _source(name: str, given: Mapping[str, str | list[str]], environment: Mappin
     if name == "model_name":
         return "K_SERVICE", re.sub(r"-predictor(-.*)?$", "", environment.get("K_SERVICE", ""))
     return variable, ""
+
+
+def _unknown_argument(argument: str) -> str:
+    """Return what is wrong with an argument that is no flag's, naming the nearest flag."""
+    flag = argument.partition("=")[0]
+    if re.match("--(enable[-_])?predictor[-_]", flag):
+        return f"unknown flag {flag}: {TRANSFORMERS}"
+    if not flag.startswith("-"):
+        return f"unexpected argument {argument}: a flag is written --flag=value (--help lists the flags)"
+    names = [entry.name for entry in fields(Settings)] + [CHECK.strip("-"), "version", "help"]
+    nearest = get_close_matches(flag.strip("-").replace("-", "_"), names, 1)
+    suggestion = f", did you mean --{nearest[0]}?" if nearest else ""
+    return f"unknown flag {flag}{suggestion} (--help lists the flags)"
 
 
 def _convert(source: str, text: str, kind: Any) -> Any:
@@ -117,17 +159,15 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if re.search("--(enable[-_])?predictor[-_]", message):
-            raise ConfigurationError(f"{message} ({TRANSFORMERS})")
         raise ConfigurationError(f"{message} (--help lists the flags)")
 
 
-def _parser(types: Mapping[str, Any]) -> argparse.ArgumentParser:
+def _parser(types: Mapping[str, Any], program: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="app.py",
-        usage="python app.py [--flag=value …]",
+        prog=program,
+        usage=f"{program} [--flag=value …]",
         formatter_class=_HelpFormatter,
-        description="Serves a model over KServe's REST and gRPC protocols.",
+        description="Serve a model over KServe's REST and gRPC protocols.",
         epilog=f"Every flag may be written with - for _. {TRANSFORMERS}",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

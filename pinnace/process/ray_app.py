@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from pinnace.auth import Authenticator
 from pinnace.http.app import make_http_app
-from pinnace.observability.logging import configure_logging
+from pinnace.observability.logging import set_up_logging
 from pinnace.process.flags import parse_settings
 from pinnace.process.server import open_dataplane
 from pinnace.settings import Settings
@@ -27,7 +27,7 @@ atexit.register(AT_EXIT.close)
 
 def _http_app(settings: Settings) -> ASGIApp:
     """In a replica, when it starts."""
-    configure_logging(settings, os.environ)
+    set_up_logging(settings, os.environ)
     return make_http_app(AT_EXIT.enter_context(open_dataplane(settings)), [], Authenticator(settings), settings)
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pinnace import STOP_SIGNALS
 from pinnace.auth import Authenticator
 from pinnace.cpus import available_cpus
 from pinnace.errors import ConfigurationError, RayHeadLost, ShutdownTimeout
@@ -31,6 +30,7 @@ from pinnace.inference.scheduler import Scheduler
 from pinnace.memory import limit_malloc_arenas
 from pinnace.models.loader import load, make_models
 from pinnace.observability.metrics import Metrics
+from pinnace.process import STOP_SIGNALS
 from pinnace.process.sockets import FORCE_EXIT, READY, STOP, WorkerSockets, bind_http, raise_fd_limit, worker_sockets
 from pinnace.process.summary import summary
 from pinnace.runtimes.shared_weights import remove_shared_models

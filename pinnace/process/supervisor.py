@@ -20,11 +20,11 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
-from pinnace import STOP_SIGNALS
 from pinnace.cpus import available_cpus
 from pinnace.errors import ShutdownTimeout, one_line
 from pinnace.models.storage import model_of
 from pinnace.observability.metrics import MULTIPROCESS_ENV
+from pinnace.process import STOP_SIGNALS
 from pinnace.process.sockets import FORCE_EXIT, SOCKETS_ENV, STOP, bind_http, reserve_grpc
 from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV
 from pinnace.settings import Settings

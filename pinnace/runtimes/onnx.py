@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
@@ -9,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 from numpy.typing import NDArray
 
 from pinnace.cpus import available_cpus
-from pinnace.errors import DeviceUnavailable, ModelFileNotFound, ModelLoadError, one_line
+from pinnace.errors import DeviceUnavailable, ModelFileNotFound, ModelLoadError, PackageMissing, one_line
 from pinnace.memory import trim_malloc
 from pinnace.runtimes.shared_weights import shared_model
 
@@ -29,15 +29,29 @@ MIN_EXTERNAL_BYTES = 1024  # what is smaller stays in the .onnx file
 NO_CUDA = "--device=cuda, but CUDA cannot be had: {}; --device=auto takes the CPU instead"
 
 
+def load_onnxruntime() -> Any:
+    """Import ONNX Runtime, with its telemetry off, and return the module. Raises PackageMissing."""
+    # ONNX Runtime sends usage data to its makers (from 1.29 on Linux too) unless this is set before it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise PackageMissing(
+            f"ONNX Runtime cannot be imported ({one_line(error)}): run `pip install 'pinnace[cpu]'`, or "
+            "`pip install 'pinnace[gpu]'` for an NVIDIA GPU"
+        ) from error
+
+
 class OnnxSession:
     """One ONNX model, loaded, its weights mapped where they lie beside it.
 
     `run` may be called from several threads. Its own threads are counted from the CPU quota, since ONNX Runtime
-    would count the host's. Raises ModelMissing, ModelDamaged and DeviceMissing.
+    would count the host's. Raises PackageMissing, ModelFileNotFound, ModelLoadError and DeviceUnavailable.
     """
 
     def __init__(self, model: Path | None, device: str, threads: int, gpu_memory_percent: int = 100) -> None:
         """`model` is an .onnx file or a directory with one; `device` is auto, cpu or cuda; 0 threads is the quota."""
+        onnxruntime = load_onnxruntime()
         file = _model_file(model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or available_cpus()
@@ -72,6 +86,7 @@ class OnnxSession:
 
 def write_prepacked_model(model: Path, prepared: Path) -> None:
     """Write `model` optimized for this CPU, prepacked weights beside it: to be loaded as it is."""
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     options.optimized_model_filepath = str(prepared)
@@ -86,7 +101,10 @@ def write_prepacked_model(model: Path, prepared: Path) -> None:
 
 def _model_file(model: Path | None) -> Path:
     if model is None:
-        raise ModelFileNotFound("no model in /mnt/models nor in model/: run `make model`, or name one with --model_dir")
+        raise ModelFileNotFound(
+            "no model in /mnt/models nor in model/: export one with `pinnace export`, in a clone `make model`, or name "
+            "one with --model_dir"
+        )
     if not model.is_dir():
         return model
     files = [path for path in model.glob("*.onnx") if not path.name.startswith(".")]
@@ -111,10 +129,11 @@ def gpu_memory_bytes(percent: int) -> int:
 def _providers(device: str, gpu_memory_percent: int) -> list[str | tuple[str, dict[str, int]]]:
     if device == "cpu":
         return [CPU]
+    onnxruntime = load_onnxruntime()
     if CUDA not in onnxruntime.get_available_providers():
         if device == "cuda":
             raise DeviceUnavailable(
-                NO_CUDA.format("this onnxruntime is built without it, install requirements-gpu.txt")
+                NO_CUDA.format("this onnxruntime is built without it, install 'pinnace[gpu]' in its place")
             )
         return [CPU]
     onnxruntime.set_default_logger_severity(FATAL)

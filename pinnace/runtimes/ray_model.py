@@ -35,14 +35,15 @@ from pinnace.predictor import ModelMetadata, Predictor, Request
 from pinnace.runtimes.ray_replica import Outcome, Replica
 from pinnace.settings import Settings
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
 try:
     import ray
     from ray import serve
     from ray.exceptions import RayActorError, RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 except ImportError:
-    raise RayUnavailable("--engine=ray needs Ray: `pip install -r requirements-ray.txt`") from None
+    raise RayUnavailable(
+        "--engine=ray needs Ray: `pip install 'pinnace[ray]'`, or in a clone `pip install -r requirements-ray.txt`"
+    ) from None
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ class RayModel(Model):
 
 def _join() -> None:
     """A local Ray, or the cluster of RAY_ADDRESS; once. Raises EngineMissing."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that starts here would send usage data to its makers
     try:
         if not ray.is_initialized():
             local = {} if ADDRESS in os.environ else {"address": "local", "include_dashboard": False}

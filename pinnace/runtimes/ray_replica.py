@@ -15,7 +15,7 @@ from pinnace.inference.call import InferenceCall
 from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.local_model import LocalModel, ModelContext
 from pinnace.inference.scheduler import Scheduler
-from pinnace.observability.logging import configure_logging, to_client_error
+from pinnace.observability.logging import set_up_logging, to_client_error
 from pinnace.observability.metrics import MetricCall, ReplicaMetrics
 from pinnace.observability.timings import start_timings
 from pinnace.predictor import ModelMetadata, Predictor, Request, Response
@@ -55,7 +55,7 @@ class Replica:
     """The class that Ray Serve deploys. Its model is loaded when it exists: from then on Ray counts it as running."""
 
     def __init__(self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
-        configure_logging(settings, os.environ)
+        set_up_logging(settings, os.environ)
         self._metrics = ReplicaMetrics()
         context = ModelContext(Scheduler(settings.max_asyncio_workers), self._metrics)
         self._model = LocalModel(predictor_class, settings, model_dir, context)

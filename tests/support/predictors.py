@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinnace import errors
-from pinnace.observability.logging import configure
+from pinnace.observability.logging import configure_logging
 from pinnace.predictor import Arrays, Predictor, Request, Response
 from pinnace.tensors import Tensor, TensorSpec
 
@@ -255,4 +255,4 @@ class ConfiguresLogging(Echo):
     """Configures logging itself, as the tutorial's model does in its main function."""
 
     def load(self) -> None:
-        configure(json.loads(os.environ["TEST_LOGGING"]))
+        configure_logging(json.loads(os.environ["TEST_LOGGING"]))
