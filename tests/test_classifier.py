@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
 
-from model_export.export import make_card
-from model_export.source import Source
 from pinnace.errors import InvalidInput, ModelLoadError
 from pinnace.models import image
 from pinnace.models.classifier import Classifier
@@ -24,6 +21,9 @@ from pinnace.settings import Settings
 from pinnace.tensors import Tensor, tensor_of_values
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, encoded
 from tests.test_image import torchvisions_pixels
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 MOST_DIFFERENCE = 1e-4
 
@@ -44,6 +44,8 @@ def logits_of(classifier: Classifier, request: Request) -> NDArray[np.float32]:
 
 
 def original_logits(original: Source, picture: bytes) -> NDArray[np.float32]:
+    import torch
+
     with torch.inference_mode():
         logits: torch.Tensor = original.model(torch.from_numpy(torchvisions_pixels(original, picture))[None])[0]
     return logits.numpy()
@@ -152,6 +154,8 @@ def test_an_onnx_file_without_our_metadata_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_run_is_damaged_before_anybody_asks_it(tmp_path: Path, original: Source) -> None:
+    from model_export.export import make_card
+
     identity_model(tmp_path, make_card(original).to_properties())
 
     with pytest.raises(ModelLoadError, match=r"does not run \(.*\); export the model again$"):

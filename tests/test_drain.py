@@ -17,7 +17,6 @@ import pytest
 
 from bench.subject import children
 from tests.callers import Caller, Grpc, Http2, KeepAlive, Refused
-from tests.marks import chaos
 from tests.pictures import CAT, v1_request
 from tests.servers import READY, Server, running
 
@@ -69,7 +68,7 @@ def answered(log: Path) -> int:
     return len(lines)
 
 
-@chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("time_of_ten", range(10))
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_stop_at_full_load_loses_nothing_that_was_accepted(
@@ -94,7 +93,7 @@ async def test_a_stop_at_full_load_loses_nothing_that_was_accepted(
     np.testing.assert_allclose(load.answers, [load.answers[0]] * len(load.answers), rtol=1e-5)
 
 
-@chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_clients_that_follow_readiness_see_no_error_at_all(
     kind: str, model_dir: Path, google: ModuleType
@@ -117,7 +116,7 @@ async def test_clients_that_follow_readiness_see_no_error_at_all(
     assert len(load.answers) > ANSWERS_BEFORE_STOP
 
 
-@chaos
+@pytest.mark.slow
 async def test_of_two_workers_one_that_is_killed_under_load_fails_what_was_inside_it_and_is_replaced(
     model_dir: Path, google: ModuleType
 ) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 import pytest
 
 from bench.subject import memory_mib
-from model_export.source import Source
 from pinnace import __version__
 from pinnace.settings import MIB
 from tests.conftest import grpc_call
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import Server, running
 from tests.test_image import torchvisions_pixels
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 
 def image_request(google: ModuleType, *pictures: bytes, shape: list[int] | None = None, **fields: Any) -> Any:

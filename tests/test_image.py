@@ -6,39 +6,45 @@ import base64
 import io
 import struct
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from model_export.export import make_card
-from model_export.source import Source
-from model_export.vision import torchvision
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.image import Preprocessing, decode, image_bytes
+from tests.conftest import TORCH_REASON
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encoded
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 MANY_PIXELS = 100_000_000
 
 
 @pytest.fixture(scope="module")
 def preprocessing(original: Source) -> Preprocessing:
+    from model_export.export import make_card
+
     card = make_card(original)
     return Preprocessing(card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std)
 
 
 def torchvisions_pixels(original: Source, data: bytes) -> NDArray[np.float32]:
-    pixels: torch.Tensor = original.preset(torchvisions_picture(data))
-    return pixels.numpy()
+    pixels: NDArray[np.float32] = original.preset(torchvisions_picture(data)).numpy()
+    return pixels
 
 
 def torchvisions_picture(data: bytes) -> Image.Image:
     """As torchvision.datasets' loader makes it, which reads files."""
     picture = Image.open(io.BytesIO(data))
     if picture.mode == "I;16":
+        import torch
+
+        from model_export.vision import torchvision
+
         # That loader clips 16 bits to white; this is torchvision's own conversion to eight.
         wide = torch.from_numpy(np.asarray(picture).astype(np.int32) << 15)
         narrow = torchvision.transforms.functional.convert_image_dtype(wide, torch.uint8)
@@ -67,6 +73,9 @@ def test_sixteen_bits_keep_their_picture_instead_of_going_white(name: str) -> No
 
 @pytest.mark.parametrize("architecture", ["resnet50", "efficientnet_b0", "inception_v3", "vit_h_14", "swin_v2_t"])
 def test_other_architectures_presets_give_torchvisions_pixels_too(architecture: str) -> None:
+    pytest.importorskip("torch", reason=TORCH_REASON)
+    from model_export.vision import torchvision
+
     preset: Any = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
     preprocessing = Preprocessing(
         preset.resize_size[0], preset.crop_size[0], preset.interpolation.name, tuple(preset.mean), tuple(preset.std)

@@ -15,7 +15,6 @@ import httpx
 import pytest
 import yaml
 
-from tests.marks import needs_ray
 from tests.pictures import PHOTOGRAPHS, v1_request
 from tests.servers import PROJECT, Server
 
@@ -55,7 +54,7 @@ def is_ready(client: httpx.Client) -> bool:
         return False
 
 
-@needs_ray
+@pytest.mark.ray
 def test_rays_proxy_answers_as_the_server_does(proxy: httpx.Client, server: Server) -> None:
     bodies = [v1_request(PICTURE), v1_request(b"\xff\xd8\xff"), "{"]
     there = [proxy.post("/v1/models/custom-model:predict", content=body) for body in bodies]
@@ -67,7 +66,7 @@ def test_rays_proxy_answers_as_the_server_does(proxy: httpx.Client, server: Serv
     assert proxy.get("/v2/models/custom-model").json() == server.get("/v2/models/custom-model").json()
 
 
-@needs_ray
+@pytest.mark.ray
 def test_serve_build_writes_a_configuration_of_the_same_application(
     environment: Mapping[str, str], tmp_path: Path
 ) -> None:

@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 
 from tests.conftest import grpc_call
-from tests.marks import needs_ray
 from tests.pictures import PHOTOGRAPHS, v1_request
 from tests.servers import PROJECT, Server, is_alive, running, start_failing, wait_for
 from tests.test_grpc import image_request, tensor_request
@@ -61,7 +60,7 @@ def on_ray(model_dir: Path) -> Iterator[Server]:
         assert server.stop() == 0
 
 
-@needs_ray
+@pytest.mark.ray
 def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
     on_ray: Server, server: Server, google: ModuleType
 ) -> None:
@@ -93,14 +92,14 @@ def test_every_protocol_answers_as_the_local_engine_does_to_the_bit(
     assert on_ray.get("/v2/models/custom-model").json() == server.get("/v2/models/custom-model").json()
 
 
-@needs_ray
+@pytest.mark.ray
 def test_errors_are_those_of_the_local_engine(on_ray: Server, server: Server) -> None:
     for body in (v1_request(b"\xff\xd8\xff"), "{", '{"instances": []}', '{"instances": [1]}'):
         there, here = on_ray.predict(body), server.predict(body)
         assert (there.status_code, there.json()) == (here.status_code, here.json())
 
 
-@needs_ray
+@pytest.mark.ray
 def test_what_nobody_foresaw_is_told_to_the_log_and_not_to_the_client(on_ray: Server) -> None:
     answer = on_ray.post("/v1/models/failing:predict", '{"instances": ["KeyError"]}')
 
@@ -109,7 +108,7 @@ def test_what_nobody_foresaw_is_told_to_the_log_and_not_to_the_client(on_ray: Se
     assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
 
 
-@needs_ray
+@pytest.mark.ray
 def test_headers_ids_and_metrics_are_those_of_the_server(on_ray: Server) -> None:
     before = value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model")
     answer = on_ray.predict(v1_request(*PICTURES[:3]), x_request_id="one of ours")
@@ -120,7 +119,7 @@ def test_headers_ids_and_metrics_are_those_of_the_server(on_ray: Server) -> None
     assert value(on_ray, "request_predict_seconds_count", model_name="custom-model") > 0
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_replica_that_is_killed_under_load_costs_no_answer_and_comes_back(on_ray: Server) -> None:
     alone = on_ray.predict(v1_request(PICTURES[0])).json()
     first = replicas(on_ray.process)
@@ -141,7 +140,7 @@ def test_a_replica_that_is_killed_under_load_costs_no_answer_and_comes_back(on_r
         on_ray.get("/")
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_model_that_has_lost_every_replica_answers_again_by_itself(on_ray: Server) -> None:
     request = '{"instances": ["InvalidInput"]}'
     assert on_ray.post("/v1/models/failing:predict", request).status_code == 400
@@ -153,7 +152,7 @@ def test_a_model_that_has_lost_every_replica_answers_again_by_itself(on_ray: Ser
         assert time.monotonic() - killed_at < BACK_SECONDS
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_request_that_its_replicas_die_of_is_refused_and_the_model_comes_back() -> None:
     with running(*RAY, "--num_replicas=2", "--predictor=tests.predictors:Deadly") as server:
         died_at = time.monotonic()
@@ -163,7 +162,7 @@ def test_a_request_that_its_replicas_die_of_is_refused_and_the_model_comes_back(
             assert time.monotonic() - died_at < BACK_SECONDS
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Callable[[str], Path]) -> None:
     held = gate("held")
     flags = ("--model=slow=,quick=", "--predictor=tests.predictors:BatchSize", "--max_ongoing_requests=1")
@@ -180,7 +179,7 @@ def test_a_busy_model_holds_up_neither_another_nor_its_other_replica(gate: Calla
         assert slow.result() == {"predictions": [1]}
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str], Path], google: ModuleType) -> None:
     held = gate("held")
     scaled = '--autoscaling_config={"min_replicas": 1, "max_replicas": 1}'
@@ -198,7 +197,7 @@ def test_a_call_past_its_deadline_leaves_the_replicas_queue(gate: Callable[[str]
         assert value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_model_is_unloaded_and_loaded_again() -> None:
     with running(*RAY, "--enable_model_repository=true", "--predictor=tests.predictors:Echo") as server:
         statuses = []
@@ -209,7 +208,7 @@ def test_a_model_is_unloaded_and_loaded_again() -> None:
     assert statuses == [503, 200]
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_its_own(
     gate: Callable[[str], Path],
 ) -> None:
@@ -228,7 +227,7 @@ def test_a_head_that_is_lost_ends_the_server_after_its_requests_with_a_code_of_i
     assert server.log[-1].startswith("app.py: Ray's head at ")
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_reason() -> None:
     code, lines = start_failing(*RAY, "--predictor=tests.predictors:Unloadable", "--http_port=0", "--grpc_port=0")
 
@@ -238,7 +237,7 @@ def test_a_model_that_no_replica_can_load_ends_the_start_with_its_code_and_a_rea
     assert "no such table: weights" in line
 
 
-@needs_ray
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "flag", ['--ray_actor_options={"num_cpus": "many"}', '--autoscaling_config={"min_replicas": 3, "max_replicas": 2}']
 )
@@ -249,7 +248,7 @@ def test_options_that_ray_refuses_end_the_start_with_one_line(flag: str) -> None
     assert lines[-1].startswith("app.py: --ray_actor_options or --autoscaling_config: ")
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_fraction_of_a_gpu_is_that_fraction_of_its_memory() -> None:
     code = (
         "from pinnace.runtimes.ray_model import gpu_memory_percent; from pinnace.settings import Settings;"
@@ -280,7 +279,7 @@ def ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], s
             process.communicate(timeout=60)
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_cluster_runs_each_model_on_a_node_and_goes_on_without_one_of_them() -> None:
     flags = ("--engine=ray", "--model=one=,other=", "--predictor=tests.predictors:Echo")
 

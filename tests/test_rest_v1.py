@@ -7,12 +7,11 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from model_export.source import Source
 from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
@@ -20,6 +19,9 @@ from pinnace.tensors import tensor_of_values
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, TUTORIAL_REQUEST, v1_request
 from tests.servers import Server, running
 from tests.test_classifier import original_logits
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 PREDICT = "/v1/models/custom-model:predict"
 

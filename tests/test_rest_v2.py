@@ -6,17 +6,19 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
 
-from model_export.source import Source
 from pinnace import __version__
 from tests.pictures import CAT, MODES, PHOTOGRAPHS, v1_request
 from tests.servers import Server, running
 from tests.test_image import torchvisions_pixels
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 INFER = "/v2/models/custom-model/infer"
 LENGTH = "inference-header-content-length"
