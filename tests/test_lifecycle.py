@@ -86,13 +86,27 @@ def test_a_stopping_server_refuses_new_connections_and_closes_idle_ones(
         assert server.wait() == 0
 
 
-def wait_until_refused(port: int) -> None:
+def test_a_stopping_server_refuses_new_connections_over_ipv6_too(tmp_path: Path, gate: Callable[[str], Path]) -> None:
+    """Hypercorn closes the sockets one after the other: https://github.com/pgjones/hypercorn/issues/308."""
+    waiting = gate("waiting")
+    with gated(tmp_path, "--host=") as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(rest, server, "waiting")
+        with waiting.open("wb"):
+            server.process.send_signal(signal.SIGTERM)
+            for host in ("127.0.0.1", "::1"):
+                wait_until_refused(server.http_port, host)
+
+        assert answer.result().status_code == 200
+        assert server.wait() == 0
+
+
+def wait_until_refused(port: int, host: str = "127.0.0.1") -> None:
     """Connections that come while the listener closes may be taken and reset: not yet refused."""
     deadline = time.monotonic() + 10
     with pytest.raises(ConnectionRefusedError):
         while time.monotonic() < deadline:
             with suppress(ConnectionResetError):
-                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                socket.create_connection((host, port), timeout=5).close()
 
 
 @pytest.mark.parametrize("predictor", ["Gated", "GatedPredict"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from typing import Any
 
 import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -141,4 +142,33 @@ class Connection(TCPServer):
             await super()._initiate_server_close()
 
 
+class _Listener:
+    """An asyncio server that is closed without waiting for its connections, as before Python 3.12.1.
+
+    Hypercorn closes its sockets one after the other and waits for the connections afterwards. If `wait_closed` waited
+    for those of the first socket, the second would go on accepting: https://github.com/pgjones/hypercorn/issues/308.
+    """
+
+    def __init__(self, server: asyncio.Server) -> None:
+        self._server = server
+
+    def close(self) -> None:
+        self._server.close()
+
+    async def wait_closed(self) -> None:
+        """Return at once."""
+
+
+class _Asyncio:
+    """The module asyncio, with `_Listener` as its server."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def start_server(self, *arguments: Any, **options: Any) -> _Listener:
+        """Start a server as `asyncio.start_server` does."""
+        return _Listener(await asyncio.start_server(*arguments, **options))
+
+
 hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined]
+hypercorn.asyncio.run.asyncio = _Asyncio()  # type: ignore[attr-defined]
