@@ -12,23 +12,29 @@ SECONDS ?= 5
 ROUNDS ?= 3
 MINUTES ?= 30
 OVERLOAD_SECONDS ?= 60
+# Of make test-pythons: interpreters, as names on the PATH or as files.
+PYTHONS ?= python3.12 python3.13
 
 VENV := .venv
+# Of make test-pythons: the model that the tests use where torch is not installed.
+TEST_MODEL := $(CURDIR)/.venv/test-model
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run model test test-ray chaos bench overload soak lint proto constraints clean
+.PHONY: help run model test test-all test-ray test-pythons test-python chaos bench overload soak lint proto constraints clean
 
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
 	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32|fp16|int8 OUT=model"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests but for the slow ones: four to eight minutes"
+	@echo "make test-all   run the slow tests, which make test skips: ten to twenty minutes"
 	@echo "make test-ray   run the tests of --engine=ray, which installs Ray"
-	@echo "make chaos   stop it at full load again and again, and ask it 10,000 hostile things: ten minutes"
+	@echo "make test-pythons   run the tests that need no torch on other versions: PYTHONS=\"python3.12 python3.13\""
+	@echo "make chaos   of the slow tests those that stop the server at full load, and send it 10,000 hostile requests"
 	@echo "make bench   measure the server: MODEL=model REQUEST=examples/input.json SECONDS=5 ROUNDS=3"
 	@echo "make overload   send twice what the server can answer for OVERLOAD_SECONDS=60"
 	@echo "make soak    load the server for MINUTES=30, and watch its memory"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and import-linter"
 	@echo "make proto   generate pinnace/proto/generated from the .proto files"
 	@echo "make constraints   pin what the requirements require in constraints.txt; UPGRADE=--upgrade takes new releases"
 	@echo "make clean   remove the environments and the exported model"
@@ -45,11 +51,27 @@ model: $(VENV)/.export
 test: $(VENV)/.dev .venv-kserve/.kserve
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+test-all: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m slow
+
 test-ray: $(VENV)/.dev $(VENV)/.ray
-	TEST_RAY=1 $(VENV)/bin/python -m pytest tests/test_ray_model.py tests/test_ray_app.py
+	$(VENV)/bin/python -m pytest -m ray
+
+# Each interpreter gets an environment of its own, .venv-3.12 for python3.12; all use the model that .venv exported.
+test-pythons: $(TEST_MODEL)/model.onnx
+	@set -e; for python in $(PYTHONS); do \
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  $(MAKE) --no-print-directory test-python PYTHON=$$python VENV=.venv-$$version; \
+	done
+
+test-python: $(VENV)/.test
+	TEST_MODEL_DIR=$(TEST_MODEL) $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+$(TEST_MODEL)/model.onnx: $(VENV)/.export $(wildcard model_export/*.py)
+	$(VENV)/bin/python -m model_export --weights seeded:0 --output $(TEST_MODEL)
 
 chaos: $(VENV)/.dev
-	TEST_CHAOS=1 $(VENV)/bin/python -m pytest -m slow tests/test_drain.py tests/test_chaos.py
+	$(VENV)/bin/python -m pytest -m slow tests/test_drain.py tests/test_chaos.py
 
 bench: $(VENV)/.dev $(addsuffix /model.onnx,$(MODEL))
 	$(VENV)/bin/python -m bench $(addprefix --model ,$(MODEL)) --request $(REQUEST) --seconds $(SECONDS) --rounds $(ROUNDS)
@@ -58,6 +80,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 overload: $(VENV)/.dev $(MODEL)/model.onnx
 	$(VENV)/bin/python -m bench.overload --model $(MODEL) --request $(REQUEST) --seconds $(OVERLOAD_SECONDS)
@@ -77,7 +100,8 @@ constraints: $(VENV)/bin/python
 	  requirements/base.txt requirements/cpu.txt requirements/ray.txt requirements/storage.txt
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .venv-kserve model bench.png soak.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV) .venv-* model bench.png soak.png .mypy_cache .ruff_cache .import_linter_cache .pytest_cache \
+	  .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -95,8 +119,13 @@ $(VENV)/.export: requirements-export.txt requirements/export.txt model_export/in
 	@PIP="$(VENV)/bin/python -m pip" sh model_export/install.sh $(VENV)/bin/python
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.export
+$(VENV)/.test: requirements-test.txt requirements-storage.txt $(VENV)/.runtime
 	@echo "installing the test tools"
+	$(PIP) -r requirements-test.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements-test.txt requirements-storage.txt $(VENV)/.export
+	@echo "installing the tools of tests and lint"
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

@@ -9,17 +9,35 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
-from model_export.source import Source, load_source
 from tests.support.servers import PROJECT, Server, run_server
+
+if TYPE_CHECKING:
+    from model_export.source import Source
+
+MODEL_DIR_VARIABLE = "TEST_MODEL_DIR"  # a model that `--weights seeded:0` exported, for a Python without torch
+TORCH_REASON = "compares with torch, which is not installed here"
+SLOW = {"slow": ("`make test-all` runs it", 900), "ray": ("needs Ray: `make test-ray` runs it", 300)}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the slow tests unless `-m` selects tests, and give them more time."""
+    for item in items:
+        for name, (reason, timeout_seconds) in SLOW.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.timeout(timeout_seconds))
+                if not config.option.markexpr:
+                    item.add_marker(pytest.mark.skip(reason=f"{name}: {reason}"))
 
 
 @pytest.fixture(scope="session")
 def export_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Export AlexNet with weights of seed 0 as a user would. The folder, and what the command printed."""
+    pytest.importorskip("torch", reason=f"exports a model, which needs torch, and {MODEL_DIR_VARIABLE} is not set")
     folder = tmp_path_factory.mktemp("model")
     command = [sys.executable, "-m", "model_export", "--weights", "seeded:0", "--output", str(folder)]
     done = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
@@ -27,13 +45,20 @@ def export_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="session")
-def model_dir(export_output: tuple[Path, str]) -> Path:
-    return export_output[0]
+def model_dir(request: pytest.FixtureRequest) -> Path:
+    """Return the folder that TEST_MODEL_DIR names, or else export a model."""
+    if given := os.environ.get(MODEL_DIR_VARIABLE):
+        return Path(given).resolve()
+    folder, _ = request.getfixturevalue("export_output")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def original() -> Source:
     """Load the torch model that `model_dir` was exported from."""
+    pytest.importorskip("torch", reason=TORCH_REASON)
+    from model_export.source import load_source
+
     return load_source("alexnet", "seeded:0")
 
 

@@ -29,7 +29,6 @@ import numpy as np
 import pytest
 
 from bench.server_process import memory_mib
-from tests.marks import chaos
 from tests.support.callers import Caller, Grpc, Http2, KeepAlive
 from tests.support.clients import INFER, PREDICT, make_v1_request
 from tests.support.hostile import COMPRESSED_BOMB, HOSTILE_MESSAGES, HOSTILE_REQUESTS
@@ -38,7 +37,7 @@ from tests.support.pictures import CAT
 from tests.support.servers import Server, run_server
 from tests.support.waiting import wait_for
 
-REQUESTS = int(os.environ.get("TEST_CHAOS") or 10_000)
+REQUESTS = int(os.environ.get("TEST_CHAOS_REQUESTS") or 10_000)
 WARM_REQUESTS = REQUESTS // 4
 ATTACKERS = 24
 MAX_GROWTH = 1.1
@@ -240,7 +239,7 @@ def count_tasks(server: Server) -> int:
     return int(server.wait_for_line(re.compile(r"^tasks: (\d+)"))[1])
 
 
-@chaos
+@pytest.mark.slow
 async def test_good_requests_among_thousands_of_hostile_ones_get_correct_answers_and_nothing_leaks(
     model_dir: Path, google: ModuleType
 ) -> None:

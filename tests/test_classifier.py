@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
 
-from model_export.export import make_card
-from model_export.source import Source
 from pinnace.errors import InvalidInput, ModelLoadError
 from pinnace.models import image
 from pinnace.models.classifier import Classifier
@@ -23,6 +21,9 @@ from pinnace.settings import Settings
 from pinnace.tensors import Tensor
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, encode_picture
 from tests.support.reference import compute_original_logits
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 MAX_DIFFERENCE = 1e-4
 
@@ -149,6 +150,8 @@ def test_an_onnx_file_without_our_metadata_cannot_be_loaded(tmp_path: Path) -> N
 
 
 def test_a_model_that_does_not_run_cannot_be_loaded(tmp_path: Path, original: Source) -> None:
+    from model_export.export import make_card
+
     write_identity_model(tmp_path, make_card(original).to_properties())
 
     with pytest.raises(ModelLoadError, match=r"does not run \(.*\); export the model again$"):

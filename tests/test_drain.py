@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from bench.server_process import children
-from tests.marks import chaos
 from tests.support.callers import Caller, Grpc, Http2, KeepAlive, Refused
 from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT
@@ -70,7 +69,7 @@ def count_answered(log: Path) -> int:
     return len(lines)
 
 
-@chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("repetition", range(10))
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_stop_at_full_load_loses_nothing_that_was_accepted(
@@ -95,7 +94,7 @@ async def test_a_stop_at_full_load_loses_nothing_that_was_accepted(
     np.testing.assert_allclose(load.answers, [load.answers[0]] * len(load.answers), rtol=1e-5)
 
 
-@chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_clients_that_follow_readiness_see_no_error_at_all(
     kind: str, model_dir: Path, google: ModuleType
@@ -118,7 +117,7 @@ async def test_clients_that_follow_readiness_see_no_error_at_all(
     assert len(load.answers) > ANSWERS_BEFORE_STOP
 
 
-@chaos
+@pytest.mark.slow
 async def test_a_worker_killed_under_load_loses_only_its_own_requests_and_is_replaced(
     model_dir: Path, google: ModuleType
 ) -> None:

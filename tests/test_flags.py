@@ -13,6 +13,7 @@ import pytest
 
 from pinnace.errors import ConfigurationError
 from pinnace.process.flags import environment_variable, parse_settings, warn_of_unknown_variables
+from pinnace.process.sockets import SOCKETS_ENV
 from pinnace.settings import GROUPS, Settings
 from pinnace.version import __version__
 from tests.support.servers import PROJECT, run_server

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 import pytest
 
 from bench.server_process import memory_mib
-from model_export.source import Source
 from pinnace.settings import MIB
 from pinnace.version import __version__
 from tests.support.clients import call_grpc, make_image_request, make_tensor_request, make_v1_request
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS
 from tests.support.reference import preprocess_with_torchvision
 from tests.support.servers import Server, run_server
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 
 def expect_error(channel: grpc.Channel, google: ModuleType, method: str, request: Any) -> tuple[str, str]:

@@ -9,27 +9,30 @@ import subprocess
 import sys
 import zlib
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from model_export.export import make_card
-from model_export.source import Source
-from model_export.torchvision_compat import torchvision
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.image import Preprocessing, decode, image_bytes
+from tests.conftest import TORCH_REASON
 from tests.support.hostile import make_png
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, SIXTEEN_BIT, encode_picture
 from tests.support.reference import preprocess_with_torchvision
 from tests.support.servers import PROJECT
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 MANY_PIXELS = 100_000_000
 
 
 @pytest.fixture(scope="module")
 def preprocessing(original: Source) -> Preprocessing:
+    from model_export.export import make_card
+
     card = make_card(original)
     return Preprocessing(card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std)
 
@@ -53,6 +56,9 @@ def test_a_16_bit_picture_is_scaled_and_not_clipped_to_white(name: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["resnet50", "efficientnet_b0", "inception_v3", "vit_h_14", "swin_v2_t"])
 def test_presets_of_other_architectures_give_torchvisions_pixels(architecture: str) -> None:
+    pytest.importorskip("torch", reason=TORCH_REASON)
+    from model_export.torchvision_compat import torchvision
+
     preset: Any = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
     preprocessing = Preprocessing(
         preset.resize_size[0], preset.crop_size[0], preset.interpolation.name, tuple(preset.mean), tuple(preset.std)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx.parser
-import onnx_ir
 import onnxruntime
 import pytest
+
+pytest.importorskip("torch", reason="tests the export, which needs torch")
+import onnx_ir
 import torch
 
 from model_export.errors import OutputError, VerificationError

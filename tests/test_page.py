@@ -246,7 +246,7 @@ def test_the_page_requests_a_key_when_the_server_needs_it(model_dir: Path, tmp_p
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width_pixels", [375, 1280])
 def test_the_page_is_accessible_and_fits_the_window(width_pixels: int, dark: bool, server: Server) -> None:
-    """axe finds no violation, and nothing is wider than the window."""
+    """Axe finds no violation, and nothing is wider than the window."""
     with open_page(server.url, width_pixels, dark) as (page, _):
         expect(page.locator("#facts")).not_to_be_empty()
         give_file(page, "choose")

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx_ir
 import pytest
 from numpy.typing import NDArray
+
+pytest.importorskip("torch", reason="tests the export, which needs torch")
+import onnx_ir
 
 from model_export.errors import UsageError, VerificationError
 from model_export.export import MODEL_FILE, WEIGHTS_SUFFIX, write_model

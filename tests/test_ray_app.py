@@ -14,7 +14,6 @@ import httpx
 import pytest
 import yaml
 
-from tests.marks import needs_ray
 from tests.support.clients import make_v1_request
 from tests.support.pictures import PHOTOGRAPHS
 from tests.support.servers import PROJECT, Server
@@ -58,7 +57,7 @@ def is_ready(client: httpx.Client) -> bool:
         return False
 
 
-@needs_ray
+@pytest.mark.ray
 def test_rays_proxy_gives_the_answers_of_the_server(proxy: httpx.Client, server: Server) -> None:
     bodies = [make_v1_request(PICTURE), make_v1_request(b"\xff\xd8\xff"), "{"]
     from_proxy = [proxy.post("/v1/models/custom-model:predict", content=body) for body in bodies]
@@ -70,7 +69,7 @@ def test_rays_proxy_gives_the_answers_of_the_server(proxy: httpx.Client, server:
     assert proxy.get("/v2/models/custom-model").json() == server.get("/v2/models/custom-model").json()
 
 
-@needs_ray
+@pytest.mark.ray
 def test_serve_build_writes_a_configuration_of_the_same_application(
     environment: Mapping[str, str], tmp_path: Path
 ) -> None:

@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.marks import needs_ray
 from tests.support.clients import call_grpc, make_image_request, make_tensor_request, make_v1_request
 from tests.support.metrics import metric_value
 from tests.support.pictures import PHOTOGRAPHS
@@ -62,7 +61,7 @@ def on_ray(model_dir: Path) -> Iterator[Server]:
         assert server.stop() == 0
 
 
-@needs_ray
+@pytest.mark.ray
 def test_answers_over_every_protocol_are_bit_equal_to_those_of_the_local_engine(
     on_ray: Server, server: Server, google: ModuleType
 ) -> None:
@@ -96,14 +95,14 @@ def test_answers_over_every_protocol_are_bit_equal_to_those_of_the_local_engine(
     assert on_ray.get("/v2/models/custom-model").json() == server.get("/v2/models/custom-model").json()
 
 
-@needs_ray
+@pytest.mark.ray
 def test_errors_equal_those_of_the_local_engine(on_ray: Server, server: Server) -> None:
     for body in (make_v1_request(b"\xff\xd8\xff"), "{", '{"instances": []}', '{"instances": [1]}'):
         on_replica, locally = on_ray.predict(body), server.predict(body)
         assert (on_replica.status_code, on_replica.json()) == (locally.status_code, locally.json())
 
 
-@needs_ray
+@pytest.mark.ray
 def test_an_unexpected_exception_in_a_replica_is_an_internal_error_without_its_text(on_ray: Server) -> None:
     answer = on_ray.post("/v1/models/failing:predict", '{"instances": ["KeyError"]}')
 
@@ -112,7 +111,7 @@ def test_an_unexpected_exception_in_a_replica_is_an_internal_error_without_its_t
     assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
 
 
-@needs_ray
+@pytest.mark.ray
 def test_headers_request_ids_and_metrics_are_set_as_with_the_local_engine(on_ray: Server) -> None:
     before = metric_value(on_ray, "pinnace_batch_rows_sum", model_name="custom-model")
     answer = on_ray.predict(make_v1_request(*PICTURES[:3]), x_request_id="mine")
@@ -123,7 +122,7 @@ def test_headers_request_ids_and_metrics_are_set_as_with_the_local_engine(on_ray
     assert metric_value(on_ray, "request_predict_seconds_count", model_name="custom-model") > 0
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_replica_that_is_killed_under_load_loses_no_request_and_is_replaced(on_ray: Server) -> None:
     alone = on_ray.predict(make_v1_request(PICTURES[0])).json()
     first = find_replicas(on_ray.process)
@@ -147,7 +146,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request_and_is_replaced(on
     wait_for(is_replaced, "a new replica", killed_at + BACK_SECONDS - time.monotonic())
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_model_that_has_lost_every_replica_recovers(on_ray: Server) -> None:
     request = '{"instances": ["InvalidInput"]}'
     assert on_ray.post("/v1/models/failing:predict", request).status_code == 400
@@ -159,7 +158,7 @@ def test_a_model_that_has_lost_every_replica_recovers(on_ray: Server) -> None:
         assert time.monotonic() - killed_at < BACK_SECONDS
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_request_that_kills_its_replicas_gets_503_and_the_model_recovers() -> None:
     with run_server(*RAY, "--num_replicas=2", "--predictor=tests.support.predictors:KillsItself") as server:
         died_at = time.monotonic()
@@ -169,7 +168,7 @@ def test_a_request_that_kills_its_replicas_gets_503_and_the_model_recovers() -> 
         wait_for(lambda: server.predict('{"instances": [1]}').status_code == 200, "a new replica", seconds_left)
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_busy_replica_delays_neither_another_model_nor_another_replica(make_gate: Callable[[str], Path]) -> None:
     held = make_gate("held")
     flags = ("--model=slow=,quick=", "--predictor=tests.support.predictors:BatchSize", "--max_ongoing_requests=1")
@@ -186,7 +185,7 @@ def test_a_busy_replica_delays_neither_another_model_nor_another_replica(make_ga
         assert slow.result() == {"predictions": [1]}
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_call_past_its_deadline_is_removed_from_the_replicas_queue(
     make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
@@ -209,7 +208,7 @@ def test_a_call_past_its_deadline_is_removed_from_the_replicas_queue(
         assert metric_value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_model_is_unloaded_and_loaded_again() -> None:
     with run_server(*RAY, "--enable_model_repository=true", "--predictor=tests.support.predictors:Echo") as server:
         statuses = []
@@ -220,7 +219,7 @@ def test_a_model_is_unloaded_and_loaded_again() -> None:
     assert statuses == [503, 200]
 
 
-@needs_ray
+@pytest.mark.ray
 def test_the_server_ends_with_its_own_exit_code_after_its_requests_when_the_ray_head_is_lost(
     make_gate: Callable[[str], Path],
 ) -> None:
@@ -239,7 +238,7 @@ def test_the_server_ends_with_its_own_exit_code_after_its_requests_when_the_ray_
     assert server.log[-1].startswith("pinnace: Ray's head at ")
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_model_that_no_replica_can_load_stops_the_start_with_a_reason() -> None:
     code, lines = expect_start_failure(
         *RAY, "--predictor=tests.support.predictors:FailingLoad", "--http_port=0", "--grpc_port=0"
@@ -251,7 +250,7 @@ def test_a_model_that_no_replica_can_load_stops_the_start_with_a_reason() -> Non
     assert "no such table: weights" in line
 
 
-@needs_ray
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "flag", ['--ray_actor_options={"num_cpus": "many"}', '--autoscaling_config={"min_replicas": 3, "max_replicas": 2}']
 )
@@ -264,7 +263,7 @@ def test_options_that_ray_refuses_stop_the_start_with_one_line(flag: str) -> Non
     assert lines[-1].startswith("pinnace: --ray_actor_options or --autoscaling_config: ")
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_replica_with_a_fraction_of_a_gpu_takes_that_fraction_of_its_memory() -> None:
     code = (
         "from pinnace.runtimes.ray_model import gpu_memory_percent; from pinnace.settings import Settings;"
@@ -295,7 +294,7 @@ def run_ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str
             process.communicate(timeout=60)
 
 
-@needs_ray
+@pytest.mark.ray
 def test_a_cluster_keeps_serving_the_other_model_when_a_node_is_lost() -> None:
     flags = ("--engine=ray", "--model=first=,second=", "--predictor=tests.support.predictors:Echo")
 

@@ -81,6 +81,22 @@ def test_a_stopping_server_refuses_new_connections_and_closes_idle_ones(
         assert server.wait() == 0
 
 
+def test_a_stopping_server_refuses_new_connections_over_ipv6_too(
+    tmp_path: Path, make_gate: Callable[[str], Path]
+) -> None:
+    """Hypercorn closes its sockets one after the other: https://github.com/pgjones/hypercorn/issues/308."""
+    waiting = make_gate("waiting")
+    with run_gated_server(tmp_path, "--host=") as server, ThreadPoolExecutor() as clients:
+        answer = clients.submit(predict_over_rest, server, "waiting")
+        with waiting.open("wb"):
+            server.process.send_signal(signal.SIGTERM)
+            for host in ("127.0.0.1", "::1"):
+                wait_for(partial(refuses_connections, server.http_port, host), f"a closed port at {host}")
+
+        assert answer.result().status_code == 200
+        assert server.wait() == 0
+
+
 @pytest.mark.parametrize("predictor", ["Gated", "GatedPredict"])
 def test_requests_that_outlast_the_grace_period_are_cancelled_and_counted(
     predictor: str, tmp_path: Path, make_gate: Callable[[str], Path]

@@ -7,12 +7,11 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from model_export.source import Source
 from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
@@ -21,6 +20,9 @@ from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, TUTORIAL_REQUEST
 from tests.support.reference import compute_original_logits
 from tests.support.servers import Server, run_server
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 PREDICT = "/v1/models/custom-model:predict"
 

@@ -6,18 +6,20 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
 
-from model_export.source import Source
 from pinnace.version import __version__
 from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS
 from tests.support.reference import preprocess_with_torchvision
 from tests.support.servers import Server, run_server
+
+if TYPE_CHECKING:
+    from model_export.source import Source
 
 INFER = "/v2/models/custom-model/infer"
 LENGTH = "inference-header-content-length"

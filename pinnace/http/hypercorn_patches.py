@@ -34,6 +34,7 @@ def apply_patches() -> None:
     """Make Hypercorn use the classes below for every connection that it accepts from now on."""
     hypercorn.asyncio.run.TCPServer = PatchedTCPServer  # type: ignore[attr-defined]
     hypercorn.protocol.H2Protocol = PatchedH2Protocol  # type: ignore[attr-defined, assignment]
+    hypercorn.asyncio.run.asyncio = _Asyncio()  # type: ignore[attr-defined, assignment]
 
 
 def has_certificate(scope: Scope) -> bool:
@@ -159,3 +160,31 @@ class _Streams(dict[int, Any]):
 class _ClosedStream:
     async def handle(self, _: Any) -> None:
         pass
+
+
+class _Listener:
+    """An asyncio server that is closed without waiting for its connections, as before Python 3.12.1.
+
+    Hypercorn closes its sockets one after the other and waits for the connections afterwards. If `wait_closed` waited
+    for those of the first socket, the second would go on accepting: https://github.com/pgjones/hypercorn/issues/308.
+    """
+
+    def __init__(self, server: asyncio.Server) -> None:
+        self._server = server
+
+    def close(self) -> None:
+        self._server.close()
+
+    async def wait_closed(self) -> None:
+        """Return at once."""
+
+
+class _Asyncio:
+    """The module asyncio as Hypercorn sees it, with `_Listener` as its server."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def start_server(self, *arguments: Any, **options: Any) -> _Listener:
+        """Start a server as `asyncio.start_server` does."""
+        return _Listener(await asyncio.start_server(*arguments, **options))

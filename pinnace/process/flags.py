@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from pinnace.errors import ConfigurationError
+from pinnace.process.sockets import SOCKETS_ENV
+from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV
 from pinnace.settings import GROUPS, Settings
 from pinnace.version import NAME, __version__
 

@@ -165,13 +165,13 @@ def is_alive(process_id: int) -> bool:
         return False
 
 
-def refuses_connections(port: int) -> bool:
+def refuses_connections(port: int, host: str = "127.0.0.1") -> bool:
     """Return whether nothing listens on the port of 127.0.0.1.
 
     While a listener closes, the kernel may accept a connection and reset it: that port does not refuse yet.
     """
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection((host, port), timeout=5).close()
     except ConnectionError as error:
         return isinstance(error, ConnectionRefusedError)
     return False
