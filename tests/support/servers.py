@@ -166,7 +166,7 @@ def is_alive(process_id: int) -> bool:
 
 
 def refuses_connections(port: int, host: str = "127.0.0.1") -> bool:
-    """Return whether nothing listens on the port of 127.0.0.1.
+    """Return whether nothing listens on the port of the host.
 
     While a listener closes, the kernel may accept a connection and reset it: that port does not refuse yet.
     """
