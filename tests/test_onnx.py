@@ -56,7 +56,7 @@ def test_auto_takes_the_cpu_without_a_gpu_and_logs_it(model_dir: Path, caplog: p
 def test_device_cuda_without_a_gpu_is_an_error(model_dir: Path) -> None:
     if HAS_CUDA:
         pytest.skip("this onnxruntime has CUDA, and this test is for one without")
-    with pytest.raises(DeviceUnavailable, match=r"install requirements-gpu\.txt; --device=auto takes the CPU instead$"):
+    with pytest.raises(DeviceUnavailable, match=r"install requirements-gpu\.txt; --device=auto uses the CPU instead$"):
         OnnxSession(model_dir, "cuda", 1)
 
 
