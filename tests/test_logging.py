@@ -182,10 +182,10 @@ def test_the_tutorials_configuration_is_applied(form: str, tmp_path: Path) -> No
 
     assert out == []  # this configuration sends the access log to standard error
     for start in (
-        r"lifecycle\.py:_serve\(\):\d+ ready after ",
+        r"server\.py:_serve\(\):\d+ ready after ",
         r"kserve\.trace requestId: N\.A\., preprocess_ms: ",
         r'uvicorn\.access INFO:     127\.0\.0\.1:\d+ - "POST /v1/models/custom-model:predict HTTP/1\.1" 200',
-        r"lifecycle\.py:_serve\(\):\d+ stopped",
+        r"server\.py:_serve\(\):\d+ stopped",
     ):
         assert [line for line in err if re.match(rf"{TIME} {start}", line)], start
     assert all(re.match(TIME, line) for line in err[1:])
