@@ -25,6 +25,11 @@ class Authenticator:
                 raise ConfigurationError(f"--api_key_file={settings.api_key_file} contains no key")
             self._digests = [_digest(key) for key in keys]
 
+    @property
+    def is_required(self) -> bool:
+        """Return whether any request needs a key or a certificate."""
+        return self.requires_client_certificate or bool(self._digests)
+
     def check(self, authorization: str, has_certificate: bool) -> None:
         """Raise Unauthenticated unless the request may pass.
 

@@ -72,7 +72,10 @@ def test_a_model_that_cannot_be_loaded_is_not_ready_and_the_others_are_served(se
     assert several.get("/v2/health/ready").status_code == 200
     assert predict(several, "broken", "a") == 503
     assert metric_value(several, "pinnace_model_ready", model_name="broken") == 0
-    assert any("broken is NOT SERVED, the others are: " in line and "exactly one .onnx" in line for line in several.log)
+    assert any(
+        "broken failed to load and is NOT SERVED; the other models are served: " in line and "exactly one .onnx" in line
+        for line in several.log
+    )
 
 
 def test_each_model_has_its_own_metadata(several: Server) -> None:
@@ -137,7 +140,7 @@ def test_runs_that_use_all_cores_take_turns(make_gate: Callable[[str], Path]) ->
         (
             ["--model=a=", "--predictor=b=tests.support.predictors:Echo"],
             2,
-            "pinnace: --predictor names b, which is no model: ",
+            "pinnace: --predictor names b, which is not a model: ",
         ),
     ],
 )

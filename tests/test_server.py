@@ -289,7 +289,7 @@ def test_a_port_in_use_stops_the_start_with_its_exit_code_and_one_line(flag: str
             7,
             "pinnace: --predictor=tests.support.predictors:Absent cannot be imported",
         ),
-        (["--predictor=json:JSONDecoder"], 7, "pinnace: --predictor=json:JSONDecoder is no subclass of pinnace.predi"),
+        (["--predictor=json:JSONDecoder"], 7, "pinnace: --predictor=json:JSONDecoder is not a subclass of pinnac"),
         (
             ["--predictor=tests.support.predictors:ExitingLoad"],
             7,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -41,7 +41,7 @@ def make_http_app(
     """
     rest = Starlette(
         routes=[route for router in ROUTERS for route in router.routes(dataplane)],
-        middleware=[*_cors(settings.cors_allow_origins), Middleware(AuthMiddleware, authenticator=authenticator)],
+        middleware=[*_cors(settings.cors_allow_origins), *_auth(authenticator)],
         exception_handlers={
             ServingError: _serving_error,
             HTTPException: _routing_error,
@@ -56,8 +56,8 @@ def make_http_app(
         streaming=True,
     )
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await (limited_grpc if services and _is_grpc(scope) else limited_rest)(scope, receive, send)
+    def app(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return (limited_grpc if services and _is_grpc(scope) else limited_rest)(scope, receive, send)
 
     return AccessLogMiddleware(app, settings.access_log_format)
 
@@ -67,6 +67,10 @@ def _is_grpc(scope: Scope) -> bool:
         return False
     types = [value.partition(b";")[0] for name, value in scope["headers"] if name == b"content-type"]
     return any(name == b"application/grpc" or name.startswith(b"application/grpc+") for name in types)
+
+
+def _auth(authenticator: Authenticator) -> list[Middleware]:
+    return [Middleware(AuthMiddleware, authenticator=authenticator)] if authenticator.is_required else []
 
 
 def _cors(origins: str) -> list[Middleware]:

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pinnace.errors import InvalidInput
-from pinnace.http.request import media_type
 from pinnace.settings import Settings
 
 STRUCTURED_TYPE = "application/cloudevents+json"
@@ -53,13 +52,13 @@ class Envelope:
         return content, {"content-type": "application/json", **metadata}
 
 
-def unwrap(payload: Any, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
+def unwrap(payload: Any, content_type: str, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
     """Return the data of a structured event, or the payload itself, and the envelope for the response.
 
     A payload with all attributes of an event is taken for a structured one even if its content type says otherwise; its
     response is not wrapped. Raises InvalidInput.
     """
-    structured = media_type(headers) == STRUCTURED_TYPE
+    structured = content_type == STRUCTURED_TYPE
     if structured or (isinstance(payload, dict) and all(name in payload for name in (*REQUIRED, "time", "data"))):
         for name in (*REQUIRED, "data"):
             if not isinstance(payload, dict) or name not in payload:

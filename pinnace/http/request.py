@@ -20,6 +20,7 @@ JSON_TYPES = {
     "application/x-www-form-urlencoded",
     "text/plain",
 }
+IMAGE_TYPES = "image/"
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -27,16 +28,12 @@ def media_type(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def is_image(headers: Mapping[str, str]) -> bool:
-    """Return whether the body is one encoded image."""
-    return media_type(headers).startswith("image/")
-
-
 def check_content_type(headers: Mapping[str, str], allow_images: bool = False) -> None:
     """Raise UnsupportedMediaType unless the body is uncompressed JSON, or an image where images are allowed."""
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed: send it without Content-Encoding")
-    if media_type(headers) in JSON_TYPES or (allow_images and is_image(headers)):
+    content_type = media_type(headers)
+    if content_type in JSON_TYPES or (allow_images and content_type.startswith(IMAGE_TYPES)):
         return
     or_an_image = ", or an image as image/*" if allow_images else ""
     raise UnsupportedMediaType(f"the body must be application/json{or_an_image}: see Content-Type")

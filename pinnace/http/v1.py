@@ -19,7 +19,7 @@ from pinnace.errors import InvalidInput, NotSupported
 from pinnace.http import cloudevents
 from pinnace.http.inference import infer
 from pinnace.http.json import dump_json, parse_json
-from pinnace.http.request import check_content_type, is_image
+from pinnace.http.request import IMAGE_TYPES, check_content_type, media_type
 from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.dataplane import DataPlane
 from pinnace.predictor import Request, RequestedOutput, Response
@@ -67,8 +67,10 @@ class V1Codec:
 
     def decode(self, encoded: EncodedRequest) -> Request:
         """Decode the instances of a request. Raises InvalidInput and TooLarge."""
-        has_image = is_image(encoded.headers)
-        payload, envelope = cloudevents.unwrap(None if has_image else parse_json(encoded.body), encoded.headers)
+        content_type = media_type(encoded.headers)
+        has_image = content_type.startswith(IMAGE_TYPES)
+        payload = None if has_image else parse_json(encoded.body)
+        payload, envelope = cloudevents.unwrap(payload, content_type, encoded.headers)
         if has_image:
             return Request(
                 encoded.model_name,

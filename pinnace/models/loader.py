@@ -1,4 +1,4 @@
-"""Which models there are: their names, where each lies, which predictor serves it and on which engine."""
+"""The loader: creates the models that the settings name, each with its path, its predictor and its runtime."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ROOT = Path(__file__).parent.parent.parent  # a clone, /app in an image, or site
 
 
 def make_models(settings: Settings, context: ModelContext) -> list[Model]:
-    """The models of the settings, not loaded yet. Raises StartError."""
+    """Return the models of the settings, not loaded yet. Raises StartupError."""
     paths = _model_paths(settings)
-    predictors = _predictors(settings.predictor, paths)
+    predictors = _predictor_classes(settings.predictor, paths)
     if settings.engine == "ray":
-        from pinnace.runtimes.ray_model import RayModel  # which imports Ray
+        from pinnace.runtimes.ray_model import RayModel  # imported here, because it imports Ray
 
         model_class: type[LocalModel | RayModel] = RayModel
     else:
@@ -37,9 +37,9 @@ def make_models(settings: Settings, context: ModelContext) -> list[Model]:
 
 
 def load(models: Sequence[Model], require_all: bool = False) -> None:
-    """One after the other. One of several may fail, unless `every` is wanted, and is not ready then.
+    """Load the models one after the other. A model that fails is logged and stays not ready.
 
-    Raises StartError where none can be had.
+    Raises StartupError, that of the first failure, if no model loads; with `require_all`, if any model fails.
     """
     failures: dict[str, StartupError] = {}
     for model in models:
@@ -51,11 +51,11 @@ def load(models: Sequence[Model], require_all: bool = False) -> None:
         raise next(iter(failures.values()))
     collect_and_freeze()
     for name, failure in failures.items():
-        logger.error("%s is NOT SERVED, the others are: %s", name, failure)
+        logger.error("%s failed to load and is NOT SERVED; the other models are served: %s", name, failure)
 
 
 def _model_paths(settings: Settings) -> dict[str, Path | None]:
-    """Where each model lies."""
+    """Return the path of each model by name; None if no model is found on disk."""
     if not settings.model:
         path = settings.model_dir or fetch_model(settings) or _default_path()
         return {**_models_in(path)} or {settings.model_name: path}
@@ -77,20 +77,22 @@ def _default_path() -> Path | None:
 
 
 def _models_in(path: Path | None) -> dict[str, Path]:
-    """Of a directory with nothing but directories, those that hold an exported model."""
+    """Return the subdirectories with an exported model, by name, if `path` contains nothing but directories."""
     try:
         if not path or not path.is_dir() or not all(entry.is_dir() for entry in path.iterdir()):
             return {}
         return {entry.name: entry for entry in sorted(path.iterdir()) if any(entry.glob("*.onnx"))}
-    except PermissionError:  # as its load will say
+    except PermissionError:  # the load of the model will report it
         return {}
 
 
-def _predictors(texts: Sequence[str], paths: Mapping[str, Path | None]) -> dict[str, type[Predictor]]:
-    """The predictor of each model: the one with its name before, or else the one without a name."""
+def _predictor_classes(texts: Sequence[str], paths: Mapping[str, Path | None]) -> dict[str, type[Predictor]]:
+    """Return the predictor class of each model: the NAME=… that names it, else the one without a name."""
     classes = {name: path for name, _, path in (text.rpartition("=") for text in texts)}
     if unknown := classes.keys() - {"", *paths}:
-        raise ConfigurationError(f"--predictor names {min(unknown)}, which is no model: there are {', '.join(paths)}")
+        raise ConfigurationError(
+            f"--predictor names {min(unknown)}, which is not a model: the models are {', '.join(paths)}"
+        )
     return {name: _predictor_class(classes.get(name) or classes.get("") or DEFAULT_PREDICTOR) for name in paths}
 
 
@@ -103,5 +105,5 @@ def _predictor_class(path: str) -> type[Predictor]:
             f"--predictor={path} cannot be imported: {type(error).__name__}: {one_line(error)}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Predictor)):
-        raise PredictorError(f"--predictor={path} is no subclass of pinnace.predictor.Predictor")
+        raise PredictorError(f"--predictor={path} is not a subclass of pinnace.Predictor")
     return found
