@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,17 +26,15 @@ NOT_MERGED = ("data", "datacontenttype", "id", "time")
 class Envelope:
     """The event that a request was wrapped in. It decides how the response is wrapped.
 
-    `form` is the content mode, "structured" or "binary" (attributes in headers), or empty if the request was no event.
-    `attributes` are those of the request's event, extensions included.
+    `form` is the content mode, "structured" or "binary" (attributes in headers). `attributes` are those of the request's
+    event, extensions included.
     """
 
-    form: str = ""
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    form: str
+    attributes: Mapping[str, Any]
 
     def wrap(self, content: Any, model_name: str, settings: Settings) -> tuple[Any, dict[str, str]]:
-        """Return the content and its headers, as an event if the request was one."""
-        if not self.form:
-            return content, {"content-type": "application/json"}
+        """Return the content and its headers, as an event like the request's."""
         merged = self.attributes if settings.ce_merge else {}
         attributes = {
             **{name: value for name, value in merged.items() if name not in NOT_MERGED},
@@ -52,8 +50,8 @@ class Envelope:
         return content, {"content-type": "application/json", **metadata}
 
 
-def unwrap(payload: Any, content_type: str, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
-    """Return the data of a structured event, or the payload itself, and the envelope for the response.
+def unwrap(payload: Any, content_type: str, headers: Mapping[str, str]) -> tuple[Any, Envelope | None]:
+    """Return the data of a structured event, or the payload itself, and the envelope for the response, None without one.
 
     A payload with all attributes of an event is taken for a structured one even if its content type says otherwise; its
     response is not wrapped. Raises InvalidInput.
@@ -65,6 +63,6 @@ def unwrap(payload: Any, content_type: str, headers: Mapping[str, str]) -> tuple
                 raise InvalidInput(f'not a CloudEvent: "{name}" is missing')
         if payload["specversion"] not in SPEC_VERSIONS:
             raise InvalidInput(f'not a CloudEvent: "specversion" must be one of {", ".join(SPEC_VERSIONS)}')
-        return payload["data"], Envelope("structured", payload) if structured else Envelope()
+        return payload["data"], Envelope("structured", payload) if structured else None
     attributes = {name.removeprefix(PREFIX): value for name, value in headers.items() if name.startswith(PREFIX)}
-    return payload, Envelope("binary", attributes) if all(name in attributes for name in REQUIRED) else Envelope()
+    return payload, Envelope("binary", attributes) if all(name in attributes for name in REQUIRED) else None

@@ -50,7 +50,7 @@ class _ResponseFormat:
     """How a response is encoded: as TF Serving's classification or not, and in a CloudEvent if the request was one."""
 
     is_classification: bool
-    envelope: cloudevents.Envelope
+    envelope: cloudevents.Envelope | None
 
 
 class V1Codec:
@@ -96,7 +96,9 @@ class V1Codec:
         """Encode the predictions, one per instance."""
         form: _ResponseFormat = request.response_format
         predictions = _to_classes(response) if form.is_classification else _to_rows(response)
-        content, headers = form.envelope.wrap({"predictions": predictions}, response.model_name, self._settings)
+        content, headers = {"predictions": predictions}, {"content-type": "application/json"}
+        if form.envelope:
+            content, headers = form.envelope.wrap(content, response.model_name, self._settings)
         return EncodedResponse(dump_json(content), {**response.headers, **headers})
 
 
