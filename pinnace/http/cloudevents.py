@@ -26,8 +26,8 @@ NOT_MERGED = ("data", "datacontenttype", "id", "time")
 class Envelope:
     """The event that a request was wrapped in. It decides how the response is wrapped.
 
-    `form` is the content mode, "structured" or "binary" (attributes in headers). `attributes` are those of the request's
-    event, extensions included.
+    `form` is the content mode, "structured" or "binary" (attributes in headers). `attributes` are those of the
+    request's event, extensions included.
     """
 
     form: str
@@ -51,7 +51,7 @@ class Envelope:
 
 
 def unwrap(payload: Any, content_type: str, headers: Mapping[str, str]) -> tuple[Any, Envelope | None]:
-    """Return the data of a structured event, or the payload itself, and the envelope for the response, None without one.
+    """Return the data of a structured event, or the payload itself, and the envelope for the response, if any.
 
     A payload with all attributes of an event is taken for a structured one even if its content type says otherwise; its
     response is not wrapped. Raises InvalidInput.
