@@ -44,7 +44,7 @@ def run(name: str, default_port: int, connect: Connect) -> int:
             report = Report(arguments.format, output)
             stack.callback(report.close)
             pool = stack.enter_context(ThreadPoolExecutor(arguments.connections))
-            stack.callback(pool.shutdown, cancel_futures=True)  # after an error nobody waits for the other pictures
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error, skip the other pictures
             try:
                 results = [(picture, pool.submit(_classify, classify, picture, read)) for picture, read in pictures]
                 failed = _write_results(name, report, results)

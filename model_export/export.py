@@ -85,7 +85,7 @@ def remove_identity_pools(model: onnx_ir.Model) -> onnx_ir.Model:
         if node.op_type != "AveragePool" or not (values := node.inputs[0]):
             continue
         kernel, strides = (node.attributes.get_ints(name, ()) for name in ("kernel_shape", "strides"))
-        if {*kernel, *strides} == {1}:  # such a pool has no padding: ONNX Runtime rejects it
+        if {*kernel, *strides} == {1}:  # it has no padding: ONNX Runtime rejects padding for a window of one value
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], values)
             model.graph.remove(node)
     return model
