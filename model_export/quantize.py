@@ -124,7 +124,6 @@ def convert_to_int8(fp32_dir: Path, images: Sequence[bytes]) -> onnx_ir.Model:
 
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
-
     load_onnxruntime()  # without telemetry
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 

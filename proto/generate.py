@@ -16,7 +16,7 @@ FILES = sorted(path.name for path in HERE.glob("*.proto"))
 
 
 def generate(output: Path) -> None:
-    """The messages, and a module with what reflection tells of them."""
+    """Write the message classes, and the module of descriptors that gRPC reflection returns."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         metadata = Path(scratch) / "descriptors"
@@ -30,7 +30,7 @@ def generate(output: Path) -> None:
                 *FILES,
             ],
             check=True,
-            # protoc finds its plugin, and that finds ruff, beside this interpreter.
+            # protoc finds its plugin, and the plugin finds ruff, in the directory of this interpreter.
             env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         )
         files = FileDescriptorSet.FromString(metadata.read_bytes()).file

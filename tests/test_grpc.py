@@ -233,7 +233,7 @@ def make_bad_requests(google: ModuleType) -> dict[str, Any]:
         "the number of inputs (1) does not match the expected number of raw input contents (2) for model "
         "'custom-model'.": two_raw,
         "contents field must not be specified when using raw_input_contents for input 'input-0'": both,
-        "input 'INPUT__0' is FP32 of shape [1, 3, 224, 225]: neither BYTES": make_tensor_request(google, pixels, True),
+        "input 'INPUT__0' is FP32 of shape [1, 3, 224, 225]: expected BYTES": make_tensor_request(google, pixels, True),
     }
 
 

@@ -57,7 +57,7 @@ def test_device_cuda_without_a_gpu_is_an_error(model_dir: Path) -> None:
     if HAS_CUDA:
         pytest.skip("this onnxruntime has CUDA, and this test is for one without")
     with pytest.raises(
-        DeviceUnavailable, match=r"install \'pinnace\[gpu\]\' in its place; --device=auto takes the CPU "
+        DeviceUnavailable, match=r"install \'pinnace\[gpu\]\' in its place; --device=auto uses the CPU "
     ):
         OnnxSession(model_dir, "cuda", 1)
 

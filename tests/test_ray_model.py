@@ -260,7 +260,7 @@ def test_options_that_ray_refuses_stop_the_start_with_one_line(flag: str) -> Non
     )
 
     assert code == 2
-    assert lines[-1].startswith("pinnace: --ray_actor_options or --autoscaling_config: ")
+    assert lines[-1].startswith("pinnace: --ray_actor_options or --autoscaling_config is invalid: ")
 
 
 @pytest.mark.ray

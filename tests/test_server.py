@@ -337,7 +337,7 @@ def test_unavailable_cuda_stops_the_start_with_its_exit_code_and_one_line(model_
     code, lines = expect_start_failure(f"--model_dir={model_dir}", "--device=cuda", "--http_port=0", "--grpc_port=0")
 
     assert (code, len(lines)) == (6, 1)
-    assert lines[0].startswith("pinnace: --device=cuda, but CUDA cannot be had")
+    assert lines[0].startswith("pinnace: --device=cuda, but CUDA is not available")
 
 
 def test_without_grpc_no_port_serves_grpc(google: ModuleType) -> None:

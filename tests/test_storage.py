@@ -155,7 +155,7 @@ def test_a_model_with_a_wrong_checksum_is_not_kept(client: S3, tmp_path: Path) -
     client.put_model(b"text")
     client.put("model", b"tex.")
 
-    with pytest.raises(DownloadError, match=rf"^model of --storage_uri={URI} is not what its SHA256SUMS says$"):
+    with pytest.raises(DownloadError, match=rf"^model of --storage_uri={URI} does not match its SHA256SUMS$"):
         fetch(URI, tmp_path)
     assert list_cache(tmp_path) == []
 

@@ -211,7 +211,7 @@ def test_classification_gives_tritons_value_index_label(server: Server, original
         ({}, "outputs[0].name must be a string"),
         (7, "outputs[0] must be an object"),
         ({"name": "logits", "parameters": []}, "parameters of outputs[0] must be an object"),
-        ({"name": "labels", "parameters": {"classification": 3}}, "output 'labels' cannot be classified"),
+        ({"name": "labels", "parameters": {"classification": 3}}, "output 'labels' does not support classification"),
         ({"name": "logits", "parameters": {"classification": 0}}, "output 'logits': classification must be a number"),
         (
             {"name": "logits", "parameters": {"classification": 1001}},
@@ -265,7 +265,7 @@ def test_an_output_that_is_requested_twice_is_refused(server: Server) -> None:
         ),
         (
             {"datatype": "FP32", "data": [1.0]},
-            "input 'input-0' is FP32 of shape [1]: neither BYTES with an image a row",
+            "input 'input-0' is FP32 of shape [1]: expected BYTES with one image per row",
         ),
         ({"parameters": 3}, "parameters of inputs[0] must be an object"),
     ],

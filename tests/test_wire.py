@@ -215,7 +215,7 @@ def test_decoding_arbitrary_bytes_raises_only_decode_errors(data: bytes) -> None
         (b"\x0b\x0c", "wire type 3"),
         (b"\x0a\x01\xff", "a string that is not UTF-8"),
         (b"\x2a\x04\x2a\x02\x32\x03", "truncated field"),
-        (b"\x2a\x07\x2a\x05\x32\x03abc", "packed numbers of a broken length"),
+        (b"\x2a\x07\x2a\x05\x32\x03abc", "packed numbers whose length is not a multiple of their size"),
         (b"\x2a\x03\x1a\x01\x80", "truncated varint"),
     ],
 )

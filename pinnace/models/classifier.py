@@ -1,4 +1,4 @@
-"""The predictor of image classifiers exported by model_export. For another kind of model, replace this file."""
+"""The default predictor, for image classifiers that model_export exported. --predictor names a class for others."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from pinnace.tensors import Tensor, TensorSpec
 
 DEFAULT_OUTPUT = "output-0"
 TOP = 5
-TRAFFIC_LIGHT = (  # a picture of 24 x 18 pixels
+TRAFFIC_LIGHT = (  # a PNG of 24 × 18 pixels, the example request
     "iVBORw0KGgoAAAANSUhEUgAAABgAAAASBAMAAACzwgOtAAAAGFBMVEWuloWGgYhtfZtWdKR4XVJcUkxIW3QtKyrKZn0kAAAAgUlE"
     "QVR42l3OMQoCQQxA0Z8Ya2fQzmaOoLgXELyed7K1E+ysFmth5gDuxEJ3XE2VwCN82fEdnewYwGzP4wJYBmy4rvM/ex8SCo1puuXx"
     "AfU+YZpobA6eWW0M4sdug0EXACJgB8ChdAtBlzHwPJ5PSEJra+jRVJ0y5vTIT5sDkL28AAHuH2+T7HipAAAAAElFTkSuQmCC"
 )
-TENSOR_DATATYPES = ("FP16", "FP32", "FP64", "INT64")  # JSON has one kind of number: whole ones arrive as INT64
+TENSOR_DATATYPES = ("FP16", "FP32", "FP64", "INT64")  # V1 turns JSON numbers into INT64 if all are whole
 
 
 class Classifier(Predictor):
-    """Images, or tensors that a transformer prepared, to the five highest logits of each."""
+    """Predictor that classifies images, or tensors that a transformer has preprocessed. Returns the top 5 classes."""
 
     inputs = (TensorSpec("input-0", "BYTES", (-1,)),)
     platform = "onnxruntime_onnx"
     example = ({"image": {"b64": TRAFFIC_LIGHT}},)
 
     def load(self) -> None:
-        """Raises ModelMissing, ModelDamaged and DeviceMissing."""
-        self.engine = OnnxSession(
+        """Load the model and run it once. Raises ModelFileNotFound, ModelLoadError and DeviceUnavailable."""
+        self.session = OnnxSession(
             self.model_dir, self.settings.device, self.settings.threads, self.settings.gpu_memory_percent
         )
-        self.uses_all_cores = self.engine.device == "cpu"
+        self.uses_all_cores = self.session.device == "cpu"
         try:
-            self.card = card = ModelCard.from_properties(self.engine.metadata)
+            self.card = card = ModelCard.from_properties(self.session.metadata)
         except (KeyError, ValueError) as error:
             raise ModelLoadError(
                 f"{self.model_dir} lacks the metadata that `python -m model_export` writes ({error}); export it again, "
@@ -50,7 +50,7 @@ class Classifier(Predictor):
             "architecture": card.architecture,
             "weights": card.weights,
             "precision": card.precision,
-            "device": self.engine.device,
+            "device": self.session.device,
         }
         self.preprocessing = image.Preprocessing(
             card.resize_pixels, card.crop_pixels, card.interpolation, card.mean, card.std, self.settings.fast_decode
@@ -68,17 +68,24 @@ class Classifier(Predictor):
         self._warm_up()
 
     def preprocess(self, request: Request) -> Arrays:
-        """Images or prepared tensors, of one input or of several in a row, to `pixels`, FP32 [rows, 3, crop, crop]."""
+        """Convert images or preprocessed tensors to one array, `pixels`: FP32 of shape [rows, 3, crop, crop].
+
+        The rows of several inputs are concatenated. Raises InvalidInput and TooLarge.
+        """
         if request.num_instances and len(request.inputs) > 1:
-            raise InvalidInput(f"the model takes one value an instance, not {len(request.inputs)}")
+            raise InvalidInput(f"each instance must have one value, not {len(request.inputs)}")
         pixels = [array for tensor in request.inputs for array in self._pixels(tensor)]
         return {"pixels": np.concatenate(pixels) if len(pixels) > 1 else pixels[0]}
 
     def predict(self, rows: Arrays) -> Arrays:
-        return self.engine.run(rows)
+        """Return `logits`, FP32 of shape [rows, classes], for `pixels`."""
+        return self.session.run(rows)
 
     def postprocess(self, predictions: Arrays, request: Request) -> Response:
-        """The requested outputs, `output-0` if none is; and, as the tutorial's model, how long it all took."""
+        """Return the requested outputs, or `output-0`, and the request's time so far, as the tutorial's model does.
+
+        Raises InvalidInput if an output's `classification` parameter is invalid.
+        """
         logits = predictions["logits"]
         order = np.argsort(-logits, axis=1, kind="stable")
         requested = request.outputs or (RequestedOutput(DEFAULT_OUTPUT),)
@@ -87,7 +94,7 @@ class Classifier(Predictor):
         return Response(outputs, {"prediction-time-latency": str(round(milliseconds, 9))})
 
     def _output(self, output: RequestedOutput, logits: NDArray[np.float32], order: NDArray[np.int64]) -> Tensor:
-        """One output of the rows; `order` has each row's classes, the highest first."""
+        """Return one output. `order` holds the class indices of each row, the highest logit first."""
         values = _softmax(logits) if output.name == "probabilities" else logits
         classes = output.parameters.get("classification")
         if classes is not None:
@@ -102,9 +109,15 @@ class Classifier(Predictor):
         return Tensor(output.name, np.take_along_axis(values, highest, axis=1))
 
     def _classification(self, name: str, classes: Any, values: NDArray[np.float32], order: NDArray[np.int64]) -> Tensor:
-        """Triton's extension: the highest classes of each row as `value:index:label`."""
+        """Return the highest classes of each row as `value:index:label`.
+
+        This is Triton's classification extension:
+        https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_classification.md
+        """
         if name in ("indices", "labels"):
-            raise InvalidInput(f"output '{name}' cannot be classified: request {DEFAULT_OUTPUT} or probabilities so")
+            raise InvalidInput(
+                f"output '{name}' does not support classification: use {DEFAULT_OUTPUT} or probabilities"
+            )
         if not isinstance(classes, int) or isinstance(classes, bool) or not 1 <= classes <= len(self.labels):
             raise InvalidInput(f"output '{name}': classification must be a number from 1 to {len(self.labels)}")
         highest = order[:, :classes]
@@ -114,23 +127,25 @@ class Classifier(Predictor):
         return Tensor(name, texts)
 
     def _pixels(self, tensor: Tensor) -> list[NDArray[np.float32]]:
-        """Prepared ones where they lie, in what came over the network."""
+        """Return the pixels of an input. Preprocessed FP32 tensors are not copied if their memory layout allows."""
         if tensor.datatype != "BYTES":
-            return [self._prepared(tensor)]
-        return [self._image(tensor.name, row, element)[np.newaxis] for row, element in enumerate(tensor.array.flat)]
+            return [self._tensor_input(tensor)]
+        return [
+            self._image_input(tensor.name, row, element)[np.newaxis] for row, element in enumerate(tensor.array.flat)
+        ]
 
     def _warm_up(self) -> None:
-        """The first run allocates memory and starts threads, and shows whether the model runs at all."""
+        """Run the model once, to allocate memory, start threads and prove that it works. Raises ModelLoadError."""
         try:
             logits = self.predict({"pixels": np.zeros((1, *self.row_shape), np.float32)})["logits"]
-        except Exception as error:  # ONNX Runtime's exceptions have no class in common
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise ModelLoadError(
                 f"{self.model_dir} does not run ({one_line(error)}); export the model again"
             ) from error
         if logits.shape != (1, len(self.card.labels)):
             raise ModelLoadError(f"{self.model_dir} has {logits.shape[-1]} logits for {len(self.card.labels)} labels")
 
-    def _image(self, name: str, row: int, element: bytes) -> NDArray[np.float32]:
+    def _image_input(self, name: str, row: int, element: bytes) -> NDArray[np.float32]:
         try:
             shorter_pixels = self.card.resize_pixels if self.settings.fast_decode else 0
             picture = image.decode(image.image_bytes(element), self.settings.max_image_pixels, shorter_pixels)
@@ -138,14 +153,14 @@ class Classifier(Predictor):
         except (InvalidInput, TooLarge) as error:
             raise type(error)(f"input '{name}', row {row}: {error}") from None
 
-    def _prepared(self, tensor: Tensor) -> NDArray[np.float32]:
+    def _tensor_input(self, tensor: Tensor) -> NDArray[np.float32]:
         if tensor.datatype not in TENSOR_DATATYPES or tensor.shape[1:] != self.row_shape:
             raise InvalidInput(
-                f"input '{tensor.name}' is {tensor.datatype} of shape {list(tensor.shape)}: neither BYTES with an "
-                f"image a row, nor FP32 of shape [rows, {', '.join(map(str, self.row_shape))}]"
+                f"input '{tensor.name}' is {tensor.datatype} of shape {list(tensor.shape)}: "
+                f"expected BYTES with one image per row, or FP32 of shape [rows, {', '.join(map(str, self.row_shape))}]"
             )
         with np.errstate(over="ignore"):
-            pixels = np.require(tensor.array, np.float32, ["C", "ALIGNED"])  # numbers read in place may be neither
+            pixels = np.require(tensor.array, np.float32, ["C", "ALIGNED"])  # arrays over received bytes may be neither
         if not np.isfinite(pixels).all():
             raise InvalidInput(f"input '{tensor.name}' has values that are not finite FP32 numbers")
         return pixels

@@ -1,4 +1,4 @@
-"""What an exported model says of itself, in its own file: written by model_export, read by the classifier."""
+"""The model card: metadata that model_export writes into the .onnx file and the classifier reads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """Facts of one image classifier; `resize_pixels` to `std` describe torchvision's preset for it.
+    """Facts about one image classifier; `resize_pixels` to `std` are the parameters of torchvision's preset for it.
 
-    `weights` is what the export was asked for and found, as pretrained:NAME, file:NAME or seeded:N; `interpolation`
-    is a name of PIL.Image.Resampling; `mean` and `std` are of values in 0..1, one a channel; `labels` is one a class.
-    `precision_error` is how far the logits are from those in fp32, and on what images; empty for fp32 itself.
+    Attributes:
+        weights: Where the weights came from: pretrained:NAME, file:NAME or seeded:N.
+        interpolation: The name of a PIL.Image.Resampling.
+        mean, std: One per channel, for values from 0 to 1.
+        labels: One per class.
+        precision_error: How far the logits are from those in fp32, and on which images; empty for fp32 itself.
     """
 
     architecture: str
@@ -34,18 +37,18 @@ class ModelCard:
 
     @property
     def warning(self) -> str:
-        """Why nobody should believe the answers; empty where the weights are trained."""
+        """Return a warning if the weights are not trained, else an empty text."""
         if not self.weights.startswith("seeded:"):
             return ""
         return f"UNTRAINED WEIGHTS ({self.weights}): the answers are meaningless, for tests and benchmarks only"
 
     def to_properties(self) -> dict[str, str]:
-        """For the ONNX file's metadata, which maps text to text: each value is JSON."""
+        """Return the card as metadata for the .onnx file, whose keys and values are text: each value is JSON."""
         return {name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str]) -> ModelCard:
-        """Raises KeyError and ValueError where the properties are not those of an exported classifier."""
+        """Read a card from an .onnx file's metadata. Raises KeyError and ValueError if it holds no card."""
         values: dict[str, Any] = {entry.name: json.loads(properties[entry.name]) for entry in dataclasses.fields(cls)}
         for name in ("mean", "std", "labels"):
             values[name] = tuple(values[name])

@@ -1,7 +1,7 @@
-"""A model from where --storage_uri says: downloaded by KServe's own library, verified, and only then put in its place.
+"""--storage_uri: models that KServe's storage library downloads. A download is verified before it is used.
 
-On a cluster KServe's storage initializer has done that before, and STORAGE_URI is /mnt/models. The library runs in a
-process of its own: it imports boto3 and its like, 90 MB that the server need not keep.
+On a cluster, KServe's storage initializer has already downloaded the model, and STORAGE_URI is /mnt/models. The library
+runs in a separate process, because it imports boto3 and similar packages: 90 MB that the server need not keep.
 """
 
 from __future__ import annotations
@@ -25,32 +25,35 @@ from pinnace.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-CHECKSUMS = "SHA256SUMS"  # beside a model, as `sha256sum` writes it; model_export does
-MOUNTED = Path("/mnt/models")  # where KServe puts a model
+CHECKSUMS = "SHA256SUMS"  # next to the model, in the format of `sha256sum`; model_export writes it
+MOUNTED = Path("/mnt/models")  # where KServe mounts a model
 LIBRARY = "kserve_storage"
 PROGRESS_SECONDS = 5.0
 
 
 def model_of(settings: Settings) -> Path | None:
-    """What --storage_uri means, fetched; None without it, with --model_dir or --model. Raises as `fetch` does."""
+    """Return the path of the model that --storage_uri names; None if it is unset, or --model_dir or --model is set.
+
+    Raises what `fetch` raises.
+    """
     if settings.model or settings.model_dir or not settings.storage_uri:
         return None
     return fetch(settings.storage_uri, settings.storage_cache_dir)
 
 
 def fetch(uri: str, cache_dir: Path | None) -> Path:
-    """The directory or file that `uri` means: a path as it is, anything else downloaded into `cache_dir`.
+    """Return the model's directory or file: a local path as it is, anything else downloaded into `cache_dir`.
 
-    What is there from an earlier start is taken if the source's SHA256SUMS still says so. Raises ModelMissing,
-    BadSetting and DownloadFailed; nothing half-downloaded is ever left where a model is looked for.
+    An earlier download is used again if the source's SHA256SUMS has not changed. An incomplete download is never left
+    where a model is looked for. Raises ModelFileNotFound, ConfigurationError and DownloadError.
     """
     if "://" not in uri or uri.startswith("file://"):
         return _existing(Path(uri.removeprefix("file://")), uri)
     if uri.startswith("pvc://"):
-        return _existing(MOUNTED, f"{uri}, which Kubernetes would mount at {MOUNTED},")
+        return _existing(MOUNTED, f"{uri}, which Kubernetes mounts at {MOUNTED},")
     if importlib.util.find_spec(LIBRARY) is None:
         raise ConfigurationError(
-            f"--storage_uri={redact_uri(uri)} needs a library: "
+            f"--storage_uri={redact_uri(uri)} needs kserve-storage: "
             "`pip install 'pinnace[storage]'`, in a clone `pip install -r requirements-storage.txt`"
         )
     caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "") + "/.cache"
@@ -71,19 +74,21 @@ def fetch(uri: str, cache_dir: Path | None) -> Path:
 
 
 def redact_uri(uri: str) -> str:
-    """Without what may be a secret: the user's name and password, and a signed query."""
+    """Return the URI without what may be secret: user name and password, and a signed query."""
     return re.sub(r"//[^/]*@", "//", uri).partition("?")[0]
 
 
 def _existing(path: Path, named: str) -> Path:
     if not os.access(path, os.F_OK):
-        raise ModelFileNotFound(f"--storage_uri={named} is not there")
+        raise ModelFileNotFound(f"--storage_uri={named} does not exist")
     return path
 
 
 def _is_current(target: Path, uri: str, scratch: Path) -> bool:
-    """Whether what was downloaded earlier is what `uri` has; where no checksums say so, it is not."""
-    if not (target / CHECKSUMS).exists() or uri.startswith("http"):  # of which one file is all that can be had
+    """Return whether the earlier download equals what `uri` names now; False if there are no checksums to compare."""
+    if not (target / CHECKSUMS).exists() or uri.startswith(
+        "http"
+    ):  # over HTTP only one file can be downloaded, not its checksums
         return False
     try:
         _download(uri, scratch, CHECKSUMS)
@@ -93,28 +98,28 @@ def _is_current(target: Path, uri: str, scratch: Path) -> bool:
 
 
 def _download(uri: str, directory: Path, *patterns: str) -> None:
-    """Into a new directory. Raises DownloadFailed."""
+    """Download into a new directory the files that match a pattern, or all. Raises DownloadError."""
     directory.mkdir()
     started_at = time.monotonic()
     command = [sys.executable, "-m", "pinnace.models.storage", uri, str(directory), *patterns]
     with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(  # noqa: S603 the library gets the address, no shell
+        tempfile.TemporaryFile("w+") as stderr,
+        subprocess.Popen(  # noqa: S603 no shell: the library gets the URI as it is
             command,
             cwd=Path(__file__).parent.parent.parent,
-            stdin=subprocess.PIPE,  # closed when this process ends, however it does
+            stdin=subprocess.PIPE,  # closes when this process ends in any way
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=stderr,
             start_new_session=True,
         ) as process,
     ):
         while _is_running(process):
-            with suppress(FileNotFoundError):  # the library renames and removes as it goes
+            with suppress(FileNotFoundError):  # the library renames and removes files meanwhile
                 have_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
                 seconds = time.monotonic() - started_at
                 logger.info("downloading %s: %.0f MB in %.0f s", redact_uri(uri), have_bytes / 1e6, seconds)
-        said.seek(0)
-        lines = said.read().strip().splitlines() or [f"exit code {process.returncode}"]
+        stderr.seek(0)
+        lines = stderr.read().strip().splitlines() or [f"exit code {process.returncode}"]
     if process.returncode:
         reason = lines[-1].replace(uri, redact_uri(uri))
         raise DownloadError(f"--storage_uri={redact_uri(uri)} cannot be downloaded ({reason})")
@@ -122,7 +127,7 @@ def _download(uri: str, directory: Path, *patterns: str) -> None:
 
 
 def _is_running(process: subprocess.Popen[bytes]) -> bool:
-    """Asked after a while in which it may end."""
+    """Wait for the process for PROGRESS_SECONDS. Return whether it is still running."""
     try:
         process.wait(PROGRESS_SECONDS)
     except subprocess.TimeoutExpired:
@@ -131,32 +136,32 @@ def _is_running(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _verify(directory: Path, uri: str) -> None:
-    """Every file that SHA256SUMS names, if there is one, has the content that it says."""
+    """Check all files that SHA256SUMS names, if the model has one. Raises DownloadError."""
     checksums = directory / CHECKSUMS
     lines = checksums.read_text() if checksums.exists() else ""
-    for wanted, name in re.findall(r"^([0-9a-f]{64}) [ *](.+)$", lines, re.MULTILINE):
+    for digest, name in re.findall(r"^([0-9a-f]{64}) [ *](.+)$", lines, re.MULTILINE):
         file = directory / Path(name).name
         if not file.is_file():
             raise DownloadError(f"--storage_uri={redact_uri(uri)} lacks {file.name}, which its {CHECKSUMS} names")
         with file.open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != wanted:
-                raise DownloadError(f"{file.name} of --storage_uri={redact_uri(uri)} is not what its {CHECKSUMS} says")
+            if hashlib.file_digest(content, "sha256").hexdigest() != digest:
+                raise DownloadError(f"{file.name} of --storage_uri={redact_uri(uri)} does not match its {CHECKSUMS}")
 
 
 def _main(uri: str, directory: str, *patterns: str) -> None:
-    """The other process: one line on standard error where it fails."""
+    """Download, in the separate process. On failure, write one line to standard error and exit with code 1."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from kserve_storage import Storage
 
     try:
         Storage.download(uri, directory, allow_patterns=list(patterns) or None)
-    except Exception as error:  # one for each library that it uses
+    except Exception as error:  # each library that it uses raises its own
         sys.exit(f"{type(error).__name__}: {one_line(error)}")
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # not sys.stdin, which a forked process would wait to close for ever
-    os.killpg(0, 9)  # with the processes that the library has started
+    os.read(0, 1)  # not sys.stdin: a forked process would wait forever to close it
+    os.killpg(0, 9)  # includes the processes that the library has started
 
 
 if __name__ == "__main__":

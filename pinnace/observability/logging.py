@@ -1,8 +1,8 @@
-"""Log lines: KServe's format and loggers unless a file says otherwise, or JSON for machines.
+"""Logging in KServe's format or as JSON, unless a configuration file changes it.
 
-Configurations written for KServe name its loggers, and classes and loggers of uvicorn, which is not installed: the
-class names are taken for the ones here, access lines go to the logger `uvicorn.access` as there, and what this server
-and Hypercorn say is handled as `kserve` and `uvicorn.error` are.
+Configurations written for KServe work unchanged. They name KServe's loggers, and loggers and classes of uvicorn, which
+is not installed. Therefore the loggers of this server and of Hypercorn have `kserve` and `uvicorn.error` as parents,
+access lines go to `uvicorn.access`, and uvicorn's formatter classes are replaced by those of this module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pinnace.settings import Settings
 logger = logging.getLogger(__name__)
 
 ACCESS_LOGGER = "uvicorn.access"
-FORMATTED_ACCESS_LOGGER = "access"  # where KServe's --access_log_format writes
+FORMATTED_ACCESS_LOGGER = "access"  # KServe's logger for --access_log_format
 LOGGER_PARENTS = {"pinnace": "kserve", "hypercorn.error": "uvicorn.error"}
 
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -33,7 +33,7 @@ COLOURS = {"DEBUG": "\033[36m", "INFO": "\033[32m", "WARNING": "\033[33m", "ERRO
 
 
 class DefaultFormatter(logging.Formatter):
-    """As uvicorn's: knows `%(levelprefix)s`, the level with a colon in a column, coloured on a terminal if wished."""
+    """Formatter with uvicorn's `%(levelprefix)s`: the level and a colon, padded to one width, optionally in colour."""
 
     def __init__(self, fmt: str | None = None, datefmt: str | None = None, style: Any = "%", use_colors: bool = False):
         super().__init__(fmt, datefmt, style)
@@ -48,7 +48,7 @@ class DefaultFormatter(logging.Formatter):
 
 
 class AccessFormatter(DefaultFormatter):
-    """As uvicorn's: knows `%(client_addr)s`, `%(request_line)s` and `%(status_code)s` of an access line."""
+    """Formatter with uvicorn's fields of an access line: `client_addr`, `request_line` and `status_code`."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple) and len(record.args) == 5:
@@ -62,11 +62,12 @@ class AccessFormatter(DefaultFormatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """A line of JSON a record, with what the record carries as `extra`."""
+    """Formatter that writes one line of JSON per record, including the record's `extra` fields."""
 
     STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -82,13 +83,13 @@ class JsonFormatter(logging.Formatter):
 
 
 def banner(text: str) -> list[str]:
-    """Lines that nobody can miss."""
+    """Return the text as three lines, between two rules, that stand out in a log."""
     rule = "=" * 100
     return [rule, text, rule]
 
 
 def to_client_error(error: BaseException) -> ServingError:
-    """What a client may be told: the error itself; of one that nobody foresaw nothing, and the log has it."""
+    """Return `error` if it is a ServingError; otherwise log its traceback and return InternalError."""
     if isinstance(error, ServingError):
         return error
     logger.error("request %s failed", current_request_id() or "N.A.", exc_info=error)
@@ -96,7 +97,7 @@ def to_client_error(error: BaseException) -> ServingError:
 
 
 def status_phrase(status: Any) -> str:
-    """`200 OK`, or what there is of it."""
+    """Return the status with its phrase, such as `200 OK`, or alone if it has none."""
     try:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
@@ -104,14 +105,17 @@ def status_phrase(status: Any) -> str:
 
 
 def set_up_logging(settings: Settings, environment: Mapping[str, str]) -> None:
-    """Configure the process's logging as the settings say. Raises ConfigurationError."""
+    """Configure the process's logging by the settings. Raises ConfigurationError.
+
+    Without settings.configure_logging only KSERVE_LOGLEVEL is checked.
+    """
     level = environment.get("KSERVE_LOGLEVEL", "INFO").upper()
     if level not in COLOURS:
         raise ConfigurationError(f"KSERVE_LOGLEVEL must be one of {', '.join(COLOURS)}, not {level}")
     if not settings.configure_logging:
         return
-    for name, kserves in LOGGER_PARENTS.items():
-        logging.getLogger(name).parent = logging.getLogger(kserves)
+    for name, parent in LOGGER_PARENTS.items():
+        logging.getLogger(name).parent = logging.getLogger(parent)
     file = settings.log_config_file
     try:
         if file is None:
@@ -120,14 +124,14 @@ def set_up_logging(settings: Settings, environment: Mapping[str, str]) -> None:
         elif file.suffix == ".json":
             configure_logging(json.loads(file.read_text()))
         elif file.suffix in (".yaml", ".yml"):
-            import yaml  # only who has such a file needs it
+            import yaml  # only YAML files need it
 
             configure_logging(yaml.safe_load(file.read_text()))
         else:
             ini = configparser.RawConfigParser()
-            ini.read_string(_ours(file.read_text()))
+            ini.read_string(_translate(file.read_text()))
             logging.config.fileConfig(ini, disable_existing_loggers=False)
-    except Exception as error:  # dictConfig raises nearly anything
+    except Exception as error:  # dictConfig raises nearly any exception
         raise ConfigurationError(f"--log_config_file={file} cannot be used: {one_line(error)}") from error
 
 
@@ -136,21 +140,21 @@ def configure_logging(configuration: dict[str, Any]) -> None:
 
     Configurations written for KServe work unchanged: uvicorn's formatter classes are replaced by the ones here.
     """
-    logging.config.dictConfig(_ours(configuration))
+    logging.config.dictConfig(_translate(configuration))
 
 
-def _ours(configuration: Any) -> Any:
-    """The same with uvicorn's classes replaced, and without silencing loggers that it does not name."""
+def _translate(configuration: Any) -> Any:
+    """Return the configuration with uvicorn's classes replaced, and with loggers that it does not name left enabled."""
     if isinstance(configuration, str):
         return configuration.replace("uvicorn.logging.", f"{__name__}.")
     if isinstance(configuration, list):
-        return [_ours(item) for item in configuration]
+        return [_translate(item) for item in configuration]
     if not isinstance(configuration, dict):
         return configuration
-    replaced = {name: _ours(item) for name, item in configuration.items()}
-    if "version" in replaced:
-        replaced.setdefault("disable_existing_loggers", False)
-    return replaced
+    translated = {name: _translate(item) for name, item in configuration.items()}
+    if "version" in translated:
+        translated.setdefault("disable_existing_loggers", False)
+    return translated
 
 
 def _default_configuration(level: str, log_format: str, colours: bool) -> dict[str, Any]:
@@ -194,6 +198,6 @@ def _default_configuration(level: str, log_format: str, colours: bool) -> dict[s
                     FORMATTED_ACCESS_LOGGER: "bare",
                 }.items()
             },
-            "hypercorn.error": {"level": "WARNING"},  # its start-up lines repeat ours
+            "hypercorn.error": {"level": "WARNING"},  # its startup messages repeat this server's
         },
     }

@@ -1,6 +1,6 @@
 """A replica of Ray Serve: one model with worker threads and batches of its own, which answers decoded requests.
 
-What a replica measures returns with its responses, since Prometheus scrapes the server and not its replicas.
+What a replica measures returns with its responses, because Prometheus scrapes the server and not its replicas.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pinnace.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of one request: its response or its error, its times, and the metric calls since the last result."""
+class ReplicaResult:
+    """The result of one request: its response or error, its times, and the metric calls since the last result."""
 
-    result: Response | ServingError
+    answer: Response | ServingError
     stages: dict[str, float]
     """Seconds by stage."""
     handlers: dict[str, float]
@@ -52,7 +52,7 @@ class DecodedRequest:
 
 
 class Replica:
-    """The class that Ray Serve deploys. Its model is loaded when it exists: from then on Ray counts it as running."""
+    """A replica. Its constructor loads the model, because Ray Serve counts a constructed replica as running."""
 
     def __init__(self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
         set_up_logging(settings, os.environ)
@@ -65,16 +65,23 @@ class Replica:
         """Return the metadata of the loaded model."""
         return self._model.metadata
 
-    async def infer(self, request: Request, age_seconds: float, request_id: str) -> Outcome:
-        """Answer one request. `age_seconds` is how long it has been in flight: clocks differ between nodes."""
+    async def infer(self, request: Request, age_seconds: float, request_id: str) -> ReplicaResult:
+        """Run the model on one request.
+
+        Args:
+            request: The decoded request.
+            age_seconds: The time since the server received the request. The time of receipt itself would be wrong
+                here, because the clocks of nodes differ.
+            request_id: The client's request id, for the log.
+        """
         timings = start_timings(request_id, age_seconds)
         call = InferenceCall(DecodedRequest(request), EncodedRequest(request.model_name, b""), timings)
-        result: Response | ServingError | None
+        answer: Response | ServingError | None
         try:
             await self._model.infer(call)
-            result = call.response
+            answer = call.response
         except Exception as error:
-            result = to_client_error(error)
-        if result is None:
-            result = to_client_error(RuntimeError("the model has answered without a response"))
-        return Outcome(result, timings.stages, timings.handlers, self._metrics.drain())
+            answer = to_client_error(error)
+        if answer is None:
+            answer = to_client_error(RuntimeError("the model has answered without a response"))
+        return ReplicaResult(answer, timings.stages, timings.handlers, self._metrics.drain())
