@@ -1,4 +1,4 @@
-"""The ASGI application: every route and middleware of the HTTP port, in one place."""
+"""The ASGI application: the routes and middleware of the HTTP port."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pinnace.auth import Authenticator
 from pinnace.errors import InternalError, ServingError
 from pinnace.grpc.service import Service
-from pinnace.http import docs as rest_docs
-from pinnace.http import health as rest_ops
-from pinnace.http import page as rest_page
-from pinnace.http import repository as rest_repository
-from pinnace.http import v1 as rest_v1
-from pinnace.http import v2 as rest_v2
+from pinnace.http import docs, health, page, repository, v1, v2
 from pinnace.http.auth import AuthMiddleware
 from pinnace.http.grpc_bridge import GrpcBridge
 from pinnace.http.limits import LimitsMiddleware
@@ -30,32 +25,39 @@ from pinnace.inference.dataplane import DataPlane
 from pinnace.observability.access_log import AccessLogMiddleware
 from pinnace.settings import Settings
 
-ROUTERS = (rest_page, rest_ops, rest_v1, rest_v2, rest_repository, rest_docs)
+ROUTERS = (page, health, v1, v2, repository, docs)
 
 
 def make_http_app(
-    dataplane: DataPlane, services: Sequence[Service], credentials: Authenticator, settings: Settings
+    dataplane: DataPlane, services: Sequence[Service], authenticator: Authenticator, settings: Settings
 ) -> ASGIApp:
-    """`services` are those of the gRPC port, which the HTTP port answers as well; none where gRPC is off."""
+    """Build the application of the HTTP port.
+
+    Args:
+        dataplane: What answers the requests.
+        services: The services of the gRPC port, which the HTTP port offers too; empty if gRPC is disabled.
+        authenticator: What every request but a probe must pass.
+        settings: The settings of the server.
+    """
     rest = Starlette(
-        routes=[route for room in ROUTERS for route in room.routes(dataplane)],
-        middleware=[*_cors(settings.cors_allow_origins), Middleware(AuthMiddleware, credentials=credentials)],
+        routes=[route for router in ROUTERS for route in router.routes(dataplane)],
+        middleware=[*_cors(settings.cors_allow_origins), Middleware(AuthMiddleware, authenticator=authenticator)],
         exception_handlers={
             ServingError: _serving_error,
             HTTPException: _routing_error,
             Exception: _internal_error,
         },
     )
-    guarded_rest = LimitsMiddleware(rest, dataplane.byte_budget, settings)
-    guarded_grpc = LimitsMiddleware(
-        GrpcBridge(services, credentials, dataplane.byte_budget, settings),
+    limited_rest = LimitsMiddleware(rest, dataplane.byte_budget, settings)
+    limited_grpc = LimitsMiddleware(
+        GrpcBridge(services, authenticator, dataplane.byte_budget, settings),
         dataplane.byte_budget,
         settings,
-        endless=True,
+        streaming=True,
     )
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await (guarded_grpc if services and _is_grpc(scope) else guarded_rest)(scope, receive, send)
+        await (limited_grpc if services and _is_grpc(scope) else limited_rest)(scope, receive, send)
 
     return AccessLogMiddleware(app, settings.access_log_format)
 
@@ -64,14 +66,14 @@ def _is_grpc(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["http_version"] != "2":
         return False
     types = [value.partition(b";")[0] for name, value in scope["headers"] if name == b"content-type"]
-    return any(kind == b"application/grpc" or kind.startswith(b"application/grpc+") for kind in types)
+    return any(name == b"application/grpc" or name.startswith(b"application/grpc+") for name in types)
 
 
 def _cors(origins: str) -> list[Middleware]:
     if not origins:
         return []
     allowed = [origin.strip() for origin in origins.split(",")]
-    # Any method and header, with credentials: what the tutorial's server allows its origins.
+    # All methods and headers, with credentials: the tutorial's server allows its origins the same.
     return [
         Middleware(
             CORSMiddleware, allow_origins=allowed, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
@@ -84,7 +86,7 @@ async def _serving_error(_: HttpRequest, error: Any) -> HttpResponse:
 
 
 async def _routing_error(_: HttpRequest, error: Any) -> HttpResponse:
-    """Unknown paths and methods; KServe says "detail" here, which its own clients do not read."""
+    """Return the error for an unknown path or method. KServe's key is "detail" here, which its clients do not read."""
     response = json_response({"error": error.detail}, error.status_code)
     response.headers.update(error.headers or {})
     return response

@@ -1,4 +1,4 @@
-"""Who may ask what over REST: probes are everybody's."""
+"""Authentication of REST requests. Probes are public."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from pinnace.errors import Unauthenticated
 from pinnace.http.hypercorn_patches import has_certificate
 from pinnace.http.response import error_response
 
-PROBES = re.compile("/|/v2/health/(live|ready)|/v1/models/[^/:]+|/v2/models/[^/]+/ready")
+PUBLIC_PATHS = re.compile("/|/v2/health/(live|ready)|/v1/models/[^/:]+|/v2/models/[^/]+/ready")
 
 
 class AuthMiddleware:
-    """Pure ASGI middleware."""
+    """ASGI middleware that answers 401 to requests the Authenticator rejects."""
 
-    def __init__(self, app: ASGIApp, credentials: Authenticator) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
         self._app = app
-        self._credentials = credentials
+        self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http" and not (scope["method"] in ("GET", "HEAD") and PROBES.fullmatch(scope["path"])):
+        is_public = scope["type"] != "http" or (
+            scope["method"] in ("GET", "HEAD") and PUBLIC_PATHS.fullmatch(scope["path"])
+        )
+        if not is_public:
             header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             try:
-                self._credentials.check(header.decode("latin-1"), has_certificate(scope))
+                self._authenticator.check(header.decode("latin-1"), has_certificate(scope))
             except Unauthenticated as error:
                 app = error_response(error)
         await app(scope, receive, send)

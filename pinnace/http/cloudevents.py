@@ -1,4 +1,7 @@
-"""CloudEvents around V1 requests and their answers, as KServe's eventing sends them: structured, or in headers."""
+"""CloudEvents: V1 requests and responses wrapped in events, in structured or binary content mode, as in KServe.
+
+Specification: https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/http-protocol-binding.md
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ STRUCTURED_TYPE = "application/cloudevents+json"
 REQUIRED = ("specversion", "id", "source", "type")
 SPEC_VERSIONS = ("1.0", "0.3")
 PREFIX = "ce-"
-# What an answer has of its own even where it takes over the request's attributes.
+# Attributes that a response does not take over from its request even with --ce_merge.
 NOT_MERGED = ("data", "datacontenttype", "id", "time")
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """How a request came, and so how it is answered: `form` is structured, binary (in headers), or empty for no event.
+    """The event that a request was wrapped in. It decides how the response is wrapped.
 
+    `form` is the content mode, "structured" or "binary" (attributes in headers), or empty if the request was no event.
     `attributes` are those of the request's event, extensions included.
     """
 
@@ -31,7 +35,7 @@ class Envelope:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def wrap(self, content: Any, model_name: str, settings: Settings) -> tuple[Any, dict[str, str]]:
-        """The content, in an event of its own where the request was one, and the headers that say so."""
+        """Return the content and its headers, as an event if the request was one."""
         if not self.form:
             return content, {"content-type": "application/json"}
         merged = self.attributes if settings.ce_merge else {}
@@ -50,7 +54,11 @@ class Envelope:
 
 
 def unwrap(payload: Any, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
-    """The data of a structured event, known by its type or by its looks, else the payload. Raises InvalidInput."""
+    """Return the data of a structured event, or the payload itself, and the envelope for the response.
+
+    A payload with all attributes of an event is taken for a structured one even if its content type says otherwise; its
+    response is not wrapped, as in KServe. Raises InvalidInput.
+    """
     structured = media_type(headers) == STRUCTURED_TYPE
     if structured or (isinstance(payload, dict) and all(name in payload for name in (*REQUIRED, "time", "data"))):
         for name in (*REQUIRED, "data"):

@@ -1,4 +1,4 @@
-"""The API described: as OpenAPI for machines, and as Swagger UI, offline, for people."""
+"""Routes of the API's description: an OpenAPI document, and Swagger UI, which works offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pinnace.version import __version__
 DOCUMENT = Path(__file__).with_name("openapi.yaml")
 ASSETS = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 
-# Addresses are relative: a proxy may serve it all below a path of its own.
+# URLs are relative, so that a proxy can serve the page below another path.
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -45,22 +45,26 @@ PAGE = """<!doctype html>
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
+    """Return the routes; those of Swagger UI only with --enable_docs_url."""
+
     @cache
-    def metadata() -> bytes:
+    def document() -> bytes:
         return dump_json(_document(list(dataplane.repository), dataplane.settings))
 
     async def openapi(_: HttpRequest) -> HttpResponse:
-        return HttpResponse(await asyncio.to_thread(metadata), media_type="application/json")
+        return HttpResponse(await asyncio.to_thread(document), media_type="application/json")
 
     async def page(_: HttpRequest) -> HttpResponse:
         return HTMLResponse(PAGE)
 
-    document = Route("/openapi.json", openapi)
-    return [document, Route("/docs", page), *_assets()] if dataplane.settings.enable_docs_url else [document]
+    openapi_route = Route("/openapi.json", openapi)
+    if not dataplane.settings.enable_docs_url:
+        return [openapi_route]
+    return [openapi_route, Route("/docs", page), *_assets()]
 
 
 def _assets() -> list[Route]:
-    from swagger_ui_bundle import swagger_ui_path  # only who shows the page needs it
+    from swagger_ui_bundle import swagger_ui_path  # only Swagger UI needs it
 
     def asset(name: str) -> Route:
         async def send(_: HttpRequest) -> HttpResponse:
@@ -72,8 +76,8 @@ def _assets() -> list[Route]:
 
 
 def _document(models: list[Model], settings: Settings) -> Any:
-    """The file, with what only the running server knows; the examples are the first model's."""
-    import yaml  # takes a tenth of a second to load and read this file, and few ask for it
+    """Return the document, completed with the version, the models' names, and examples for the first model."""
+    import yaml  # loading it and reading the file takes 0.1 s, and few clients need the document
 
     document = yaml.safe_load(DOCUMENT.read_text())
     document["info"]["version"] = __version__

@@ -1,4 +1,4 @@
-"""What operators and platforms ask: is the server ready, is it live, what does it do."""
+"""REST routes of the liveness and readiness probes and of the Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pinnace.inference.dataplane import DataPlane
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
+    """Return the routes."""
+
     async def live(_: HttpRequest) -> HttpResponse:
         return json_response({"live": True})
 

@@ -1,4 +1,4 @@
-"""Limits on what comes in over HTTP, before and around the application: pure ASGI."""
+"""Limits on HTTP requests: the size of the headers, and the size and duration of the body."""
 
 from __future__ import annotations
 
@@ -13,47 +13,48 @@ from pinnace.inference.admission import ByteBudget
 from pinnace.settings import Settings
 
 LINGER_SECONDS = 5.0
-MAX_HEADER_BYTES = 16 * 1024  # of request line and headers; Hypercorn itself counts only what is incomplete
+MAX_HEADER_BYTES = 16 * 1024  # of request line and headers; Hypercorn's own limit applies only to incomplete headers
 
 
 class LimitsMiddleware:
-    """Bounds a request's head, and its body by what is declared, what comes and when; reads what the application left.
+    """ASGI middleware that limits headers and bodies, and drains what the application left unread.
 
-    An answer to a body that nobody reads would reset the client's connection before it saw the answer, and blocks
-    Hypercorn's `send` for ever once ten chunks wait: so the unread rest is dropped while the answer is sent.
+    A response to a request with an unread body would reset the connection before the client reads the response. It also
+    blocks Hypercorn's `send` forever once ten chunks are queued. Therefore the rest of the body is read and dropped
+    while the response is sent.
     """
 
-    def __init__(self, app: ASGIApp, byte_budget: ByteBudget, settings: Settings, endless: bool = False) -> None:
-        """`endless` bodies may take any time and size: they are messages, which the application limits and counts."""
+    def __init__(self, app: ASGIApp, byte_budget: ByteBudget, settings: Settings, streaming: bool = False) -> None:
+        """Wrap `app`. Bodies of any size and duration pass if `streaming`: the application limits their messages."""
         self._app = app
         self._byte_budget = byte_budget
         self._settings = settings
-        self._endless = endless
+        self._streaming = streaming
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(scope, receive, self._byte_budget, self._settings, self._endless)
+        body = _Body(scope, receive, self._byte_budget, self._settings, self._streaming)
 
         async def send_after_body(message: Message) -> None:
-            last = message["type"] == "http.response.body" and not message.get("more_body", False)
-            if not last or body.finished:
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if not is_last or body.finished:
                 await send(message)
                 return
-            rest = asyncio.create_task(body.drop_rest())
+            drain = asyncio.create_task(body.drain())
             try:
                 await send({**message, "more_body": True})
-                await asyncio.wait({rest}, timeout=min(LINGER_SECONDS, self._settings.read_timeout_seconds))
+                await asyncio.wait({drain}, timeout=min(LINGER_SECONDS, self._settings.read_timeout_seconds))
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             finally:
-                rest.cancel()
-                await asyncio.wait({rest})
+                drain.cancel()
+                await asyncio.wait({drain})
 
         try:
             await self._app_for(scope)(scope, body.receive, send_after_body)
         finally:
-            self._byte_budget.release(body.held_bytes)
+            self._byte_budget.release(body.reserved_bytes)
 
     def _app_for(self, scope: Scope) -> ASGIApp:
         size_bytes = len(scope["raw_path"]) + len(scope["query_string"])
@@ -65,23 +66,23 @@ class LimitsMiddleware:
 
 class _Body:
     def __init__(
-        self, scope: Scope, receive: Receive, byte_budget: ByteBudget, settings: Settings, endless: bool
+        self, scope: Scope, receive: Receive, byte_budget: ByteBudget, settings: Settings, streaming: bool
     ) -> None:
         self._receive = receive
         self._byte_budget = byte_budget
         self._settings = settings
-        self._endless = endless
-        self._most_bytes = math.inf if endless else settings.max_body_bytes
-        self._deadline = None if endless else asyncio.get_running_loop().time() + settings.read_timeout_seconds
+        self._streaming = streaming
+        self._max_bytes = math.inf if streaming else settings.max_body_bytes
+        self._deadline = None if streaming else asyncio.get_running_loop().time() + settings.read_timeout_seconds
         self._declared_bytes = next(
             (int(value) for name, value in scope["headers"] if name == b"content-length" and value.isdigit()), 0
         )
-        self.held_bytes = 0
+        self.reserved_bytes = 0
         self.finished = False
 
     async def receive(self) -> Message:
-        """Raises TooLarge, TooSlow and Overloaded."""
-        if self._declared_bytes > self._most_bytes:
+        """Receive the next message of the request. Raises TooLarge, RequestTimeout and Overloaded."""
+        if self._declared_bytes > self._max_bytes:
             raise self._too_large()
         try:
             async with asyncio.timeout_at(None if self.finished else self._deadline):
@@ -89,14 +90,14 @@ class _Body:
         except TimeoutError:
             raise RequestTimeout(self._settings.read_timeout_seconds) from None
         size_bytes = len(message.get("body", b""))
-        if self.held_bytes + size_bytes > self._most_bytes:
+        if self.reserved_bytes + size_bytes > self._max_bytes:
             raise self._too_large()
-        if not self._endless:
+        if not self._streaming:
             self._byte_budget.acquire(size_bytes)
-            self.held_bytes += size_bytes
+            self.reserved_bytes += size_bytes
         return message
 
-    async def drop_rest(self) -> None:
+    async def drain(self) -> None:
         while not self.finished:
             await self._next()
 

@@ -1,4 +1,4 @@
-"""The address that people type first: in a browser the page to try a picture on, for programs KServe's answer."""
+"""The route `/`: a page to try the model in a browser, and KServe's liveness answer for other clients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pinnace.settings import Settings
 PAGE = Path(__file__).with_name("page.html")
 SHOWN_SETTINGS = ("enable_grpc", "grpc_port", "max_body_bytes")
 HEADERS = {
-    # The page is one file: whatever else it were made to load or to call is refused by the browser.
+    # The page is one file. The policy makes the browser block everything else that injected content might load or call.
     "content-security-policy": (
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,14 +28,15 @@ HEADERS = {
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
+    """Return the route."""
     page = _page(dataplane.settings) if dataplane.settings.enable_ui else ""
 
-    async def first(request: HttpRequest) -> HttpResponse:
+    async def root(request: HttpRequest) -> HttpResponse:
         if page and "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page, headers=HEADERS)
         return json_response({"status": "alive"})
 
-    return [Route("/", first)]
+    return [Route("/", root)]
 
 
 def _page(settings: Settings) -> str:

@@ -1,4 +1,8 @@
-"""The models over REST, to V1 and V2 alike: which there are, whether one is ready; and what loads and unloads them."""
+"""REST routes that list models, report their readiness, and load and unload them.
+
+The repository routes are Triton's extension:
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_repository.md
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from pinnace.inference.dataplane import DataPlane
 
 
 def routes(dataplane: DataPlane) -> list[Route]:
+    """Return the routes."""
     repository = dataplane.repository
 
     async def models(_: HttpRequest) -> HttpResponse:
