@@ -57,7 +57,7 @@ def unwrap(payload: Any, headers: Mapping[str, str]) -> tuple[Any, Envelope]:
     """Return the data of a structured event, or the payload itself, and the envelope for the response.
 
     A payload with all attributes of an event is taken for a structured one even if its content type says otherwise; its
-    response is not wrapped, as in KServe. Raises InvalidInput.
+    response is not wrapped. Raises InvalidInput.
     """
     structured = media_type(headers) == STRUCTURED_TYPE
     if structured or (isinstance(payload, dict) and all(name in payload for name in (*REQUIRED, "time", "data"))):

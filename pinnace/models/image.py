@@ -125,9 +125,10 @@ class _UnguardedGif(GifImagePlugin.GifImageFile):
 
     @property
     def disposal_method(self) -> int:
-        """Return 0: how a frame makes way for the next one does not matter for the first.
+        """Return 0, "unspecified": the first frame does not depend on how it is cleared before the second.
 
-        The plugin would fill memory of the frame's size while it opens the file: 4 GB for a file of 45 bytes.
+        For other values the plugin fills memory of the frame's size while it opens the file: 4 GB for a file of 44
+        bytes.
         """
         return 0
 

@@ -12,7 +12,7 @@ from pinnace.errors import ConfigurationError, PredictorError, StartupError, one
 from pinnace.inference.local_model import LocalModel, ModelContext
 from pinnace.inference.model import Model
 from pinnace.memory import collect_and_freeze
-from pinnace.models.storage import MOUNTED, model_of
+from pinnace.models.storage import MOUNTED, fetch_model
 from pinnace.predictor import Predictor
 from pinnace.settings import DEFAULT_PREDICTOR, Settings
 
@@ -57,7 +57,7 @@ def load(models: Sequence[Model], require_all: bool = False) -> None:
 def _model_paths(settings: Settings) -> dict[str, Path | None]:
     """Where each model lies."""
     if not settings.model:
-        path = settings.model_dir or model_of(settings) or _default_path()
+        path = settings.model_dir or fetch_model(settings) or _default_path()
         return {**_models_in(path)} or {settings.model_name: path}
     paths: dict[str, Path | None] = {}
     for text in settings.model:

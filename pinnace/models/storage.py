@@ -31,7 +31,7 @@ LIBRARY = "kserve_storage"
 PROGRESS_SECONDS = 5.0
 
 
-def model_of(settings: Settings) -> Path | None:
+def fetch_model(settings: Settings) -> Path | None:
     """Return the path of the model that --storage_uri names; None if it is unset, or --model_dir or --model is set.
 
     Raises what `fetch` raises.
@@ -48,9 +48,9 @@ def fetch(uri: str, cache_dir: Path | None) -> Path:
     where a model is looked for. Raises ModelFileNotFound, ConfigurationError and DownloadError.
     """
     if "://" not in uri or uri.startswith("file://"):
-        return _existing(Path(uri.removeprefix("file://")), uri)
+        return _check_exists(Path(uri.removeprefix("file://")), uri)
     if uri.startswith("pvc://"):
-        return _existing(MOUNTED, f"{uri}, which Kubernetes mounts at {MOUNTED},")
+        return _check_exists(MOUNTED, f"{uri}, which Kubernetes mounts at {MOUNTED},")
     if importlib.util.find_spec(LIBRARY) is None:
         raise ConfigurationError(
             f"--storage_uri={redact_uri(uri)} needs kserve-storage: "
@@ -78,7 +78,7 @@ def redact_uri(uri: str) -> str:
     return re.sub(r"//[^/]*@", "//", uri).partition("?")[0]
 
 
-def _existing(path: Path, named: str) -> Path:
+def _check_exists(path: Path, named: str) -> Path:
     if not os.access(path, os.F_OK):
         raise ModelFileNotFound(f"--storage_uri={named} does not exist")
     return path
@@ -86,9 +86,7 @@ def _existing(path: Path, named: str) -> Path:
 
 def _is_current(target: Path, uri: str, scratch: Path) -> bool:
     """Return whether the earlier download equals what `uri` names now; False if there are no checksums to compare."""
-    if not (target / CHECKSUMS).exists() or uri.startswith(
-        "http"
-    ):  # over HTTP only one file can be downloaded, not its checksums
+    if not (target / CHECKSUMS).exists() or uri.startswith("http"):  # HTTP downloads one file, without its checksums
         return False
     try:
         _download(uri, scratch, CHECKSUMS)

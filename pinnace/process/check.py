@@ -7,7 +7,7 @@ from dataclasses import replace
 from pinnace.auth import Authenticator
 from pinnace.http.server import HttpServer
 from pinnace.process.server import loop_factory, open_dataplane
-from pinnace.process.summary import summary
+from pinnace.process.summary import summarize
 from pinnace.settings import Settings
 
 
@@ -21,7 +21,7 @@ def run(settings: Settings) -> list[str]:
     HttpServer([], settings)  # to read the certificates
     Authenticator(settings)
     with open_dataplane(replace(settings, engine="local"), require_all=True) as dataplane:
-        return [*summary(dataplane.repository, settings), f"check passed: a start would listen on {_ports(settings)}"]
+        return [*summarize(dataplane.repository, settings), f"check passed: a start would listen on {_ports(settings)}"]
 
 
 def _ports(settings: Settings) -> str:

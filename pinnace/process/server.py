@@ -32,7 +32,7 @@ from pinnace.models.loader import load, make_models
 from pinnace.observability.metrics import Metrics
 from pinnace.process import STOP_SIGNALS
 from pinnace.process.sockets import FORCE_EXIT, READY, STOP, WorkerSockets, bind_http, raise_fd_limit, worker_sockets
-from pinnace.process.summary import summary
+from pinnace.process.summary import summarize
 from pinnace.runtimes.shared_weights import remove_shared_models
 from pinnace.settings import Settings
 
@@ -108,10 +108,10 @@ async def _serve(
         f"gRPC port {grpc.port}" if grpc else "no gRPC",
         f", protocol {settings.protocol}" if settings.protocol else "",
     )
-    for line in summary(dataplane.repository, settings):
+    for line in summarize(dataplane.repository, settings):
         logger.info(line)
     if supervised:
-        _connect_supervisor(supervised.supervisor, stop, force_exit)
+        _connect_supervisor(supervised.control_socket, stop, force_exit)
     async with asyncio.TaskGroup() as tasks:
         watcher = tasks.create_task(_watch_models(dataplane.repository, stop))
         listeners = [
@@ -162,22 +162,22 @@ async def _watch_models(repository: Repository, stop: asyncio.Event) -> RayHeadL
     return lost
 
 
-def _connect_supervisor(supervisor: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event) -> None:
+def _connect_supervisor(control_socket: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event) -> None:
     """Tell the supervisor that this worker is ready, then obey its stop messages; stop if it disappears."""
     with suppress(BrokenPipeError):  # the supervisor is gone: on_message receives the end of the stream
-        supervisor.send(READY)
+        control_socket.send(READY)
     loop = asyncio.get_running_loop()
 
     def on_message() -> None:
         message = b""
         with suppress(ConnectionResetError):
-            message = supervisor.recv(len(STOP))
+            message = control_socket.recv(len(STOP))
         (force_exit if message == FORCE_EXIT else stop).set()
         if not message:
-            loop.remove_reader(supervisor)
+            loop.remove_reader(control_socket)
             remove_shared_models()
 
-    loop.add_reader(supervisor, on_message)
+    loop.add_reader(control_socket, on_message)
 
 
 def _services(dataplane: DataPlane, settings: Settings) -> list[Service]:

@@ -22,7 +22,7 @@ ALL_INTERFACES = ("::", "0.0.0.0")  # noqa: S104 what an empty --host means
 class WorkerSockets:
     """The sockets that a worker inherits: its control socket, closed if the supervisor ends, and the HTTP sockets."""
 
-    supervisor: socket.socket
+    control_socket: socket.socket
     http: Sequence[socket.socket]
 
 
@@ -36,8 +36,8 @@ def worker_sockets(environment: Mapping[str, str]) -> WorkerSockets | None:
     """Return the sockets inherited from the supervisor; None in a process that no supervisor started."""
     if SOCKETS_ENV not in environment:
         return None
-    supervisor, *http = (socket.socket(fileno=int(number)) for number in environment[SOCKETS_ENV].split(","))
-    return WorkerSockets(supervisor, http)
+    control_socket, *http = (socket.socket(fileno=int(number)) for number in environment[SOCKETS_ENV].split(","))
+    return WorkerSockets(control_socket, http)
 
 
 def bind_http(host: str, port: int) -> list[socket.socket]:

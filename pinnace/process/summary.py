@@ -8,7 +8,7 @@ from pinnace.inference.model import Model
 from pinnace.settings import MIB, Settings
 
 
-def summary(models: Iterable[Model], settings: Settings) -> list[str]:
+def summarize(models: Iterable[Model], settings: Settings) -> list[str]:
     """Return one line per model, then one with the limits that clients reach first."""
     return [
         *(f"{model.name}: {_describe(model)}" for model in models),

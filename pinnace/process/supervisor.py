@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from pinnace.cpus import available_cpus
 from pinnace.errors import ShutdownTimeout, one_line
-from pinnace.models.storage import model_of
+from pinnace.models.storage import fetch_model
 from pinnace.observability.metrics import MULTIPROCESS_ENV
 from pinnace.process import STOP_SIGNALS
 from pinnace.process.sockets import FORCE_EXIT, SOCKETS_ENV, STOP, bind_http, reserve_grpc
@@ -48,7 +48,7 @@ def run(settings: Settings) -> int:
         "threads": settings.threads or max(1, available_cpus() // settings.workers),
         "max_asyncio_workers": settings.max_asyncio_workers or max(1, available_cpus() // settings.workers),
     }
-    if model := model_of(settings):
+    if model := fetch_model(settings):
         flags["model_dir"] = model
     command = [sys.executable, *sys.orig_argv[1:], *(f"--{name}={value}" for name, value in flags.items())]
     in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None

@@ -135,7 +135,7 @@ class RayModel(Model):
                 self._ready = self._deployed = False
                 raise
             try:
-                running = self._deployed and await asyncio.to_thread(self._running)
+                running = self._deployed and await asyncio.to_thread(self._is_running)
             except (RayError, RayServeException):  # Ray is restarting its controller
                 running = False
             running = running and self._deployed  # it may have been unloaded meanwhile
@@ -170,7 +170,7 @@ class RayModel(Model):
     def _await_running(self) -> None:
         """Wait until the model is ready, and log the progress. Raises RayUnavailable."""
         started_at = logged_at = time.monotonic()
-        while not self._running():
+        while not self._is_running():
             now, (state, reason) = time.monotonic(), self._state()
             if state == "DEPLOY_FAILED" or now - started_at > START_SECONDS:
                 serve.delete(self.name)
@@ -180,7 +180,7 @@ class RayModel(Model):
                 logger.info("%s is %s: %s", self.name, state, reason)
             time.sleep(POLL_SECONDS)
 
-    def _running(self) -> bool:
+    def _is_running(self) -> bool:
         application = serve.status().applications.get(self.name)
         if application is None:
             return False
