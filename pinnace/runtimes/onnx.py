@@ -31,7 +31,7 @@ NO_CUDA = "--device=cuda, but CUDA is not available: {}; --device=auto uses the 
 
 def load_onnxruntime() -> Any:
     """Import ONNX Runtime, with its telemetry off, and return the module. Raises PackageMissing."""
-    # ONNX Runtime sends usage data to its makers (from 1.29 on Linux too) unless this is set before it is imported.
+    # ONNX Runtime sends usage data to its developers (since 1.29 on Linux too) unless this is set before its import.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module("onnxruntime")
