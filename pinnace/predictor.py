@@ -98,7 +98,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
-    """What clients may know about a model: the class attributes of its predictor that have the same names."""
+    """The facts about a model that clients may know: the class attributes of its predictor with the same names."""
 
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]

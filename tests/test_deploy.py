@@ -35,7 +35,7 @@ def containers(file: Path) -> Iterator[tuple[dict[str, Any], Manifest]]:
 
 
 def unknown_fields(value: Any, schema: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """What a cluster would prune without a word."""
+    """Return the fields that a cluster would drop silently."""
     if isinstance(value, dict) and "properties" in schema:
         for name, inner in value.items():
             if name not in schema["properties"]:

@@ -46,11 +46,12 @@ def test_every_flag_has_an_environment_twin_that_it_overrules(name: str) -> None
         "log_format": ("json", "text"),
     }.get(name, ("false", "true") if isinstance(getattr(Settings(), name), bool) else ("123", "231"))
 
-    beside = {environment_variable(one): "/beside" for one in ("ssl_certfile", "ssl_keyfile")}  # none goes alone
-    twin = {**beside, environment_variable(name): text}
+    # Each of these two flags needs the other.
+    tls = {environment_variable(flag): "/tls" for flag in ("ssl_certfile", "ssl_keyfile")}
+    twin = {**tls, environment_variable(name): text}
 
-    assert parse_settings([], twin) == parse_settings([f"--{name}={text}"], beside)
-    assert parse_settings([f"--{name}={other}"], twin) == parse_settings([f"--{name}={other}"], beside)
+    assert parse_settings([], twin) == parse_settings([f"--{name}={text}"], tls)
+    assert parse_settings([f"--{name}={other}"], twin) == parse_settings([f"--{name}={other}"], tls)
 
 
 def test_what_may_be_several_is_repeated_or_separated_by_commas() -> None:

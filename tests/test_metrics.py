@@ -94,7 +94,7 @@ def test_a_call_that_its_client_cancels_is_counted_as_cancelled(
             wait_for(lambda: requests_by_outcome(server) == {("grpc", "cancelled"): 1}, "one cancelled call")
 
 
-def test_a_request_whose_client_disconnects_in_the_middle_of_its_body_is_counted_as_cancelled() -> None:
+def test_a_client_that_disconnects_in_the_middle_of_its_body_is_counted_as_cancelled() -> None:
     with run_server("--predictor=tests.support.predictors:Echo") as server:
         with server.connect() as connection:
             connection.sendall(

@@ -113,7 +113,7 @@ def test_on_a_full_disk_each_worker_has_its_own_weights_and_logs_a_warning(
     assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
-def test_workers_whose_supervisor_was_killed_leave_no_files(model_dir: Path, tmp_path: Path) -> None:
+def test_workers_of_a_killed_supervisor_leave_no_files(model_dir: Path, tmp_path: Path) -> None:
     with run_two_workers(f"--model_dir={model_dir}", temporary=tmp_path) as two:
         workers = children(two.process.pid)
 

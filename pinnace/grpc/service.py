@@ -1,4 +1,4 @@
-"""What the gRPC services share: the shape of their methods, how a message is read, and what every call must pass.
+"""The base of the gRPC services: the shape of their methods, how a message is read, and what every call must pass.
 
 Both ports call the services: `grpc.server` with grpc.aio, and `http.grpc_bridge` on the HTTP port.
 """
@@ -74,7 +74,7 @@ class Call:
 
 
 class Gate:
-    """What every call must pass on both ports: authentication, and a deadline for its first message."""
+    """The checks that every call must pass on both ports: authentication, and a deadline for its first message."""
 
     def __init__(self, authenticator: Authenticator, settings: Settings) -> None:
         self._authenticator = authenticator

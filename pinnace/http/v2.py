@@ -71,7 +71,7 @@ def routes(dataplane: DataPlane) -> list[Route]:
 
 @dataclass(frozen=True, slots=True)
 class _ResponseFormat:
-    """Which outputs of a response are binary: those that `outputs` maps to True, and by default all or none."""
+    """The form of a response: outputs that `outputs` maps to True are binary; `is_binary` decides for all others."""
 
     is_binary: bool
     outputs: Mapping[str, bool]

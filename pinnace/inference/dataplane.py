@@ -20,7 +20,7 @@ from pinnace.settings import Settings
 
 
 class DataPlane:
-    """What the transports share: the models, the limits on requests, the bytes held for them, and the metrics."""
+    """The state that all transports share: the models, the limits on requests and on their bytes, and the metrics."""
 
     def __init__(self, repository: Repository, settings: Settings, metrics: Metrics) -> None:
         self.repository = repository

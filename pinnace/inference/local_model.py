@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelContext:
-    """What the models of one process share. Whoever creates it closes the scheduler."""
+    """The scheduler and the metrics that the models of one process share. Its creator closes the scheduler."""
 
     scheduler: Scheduler
     metrics: Metrics

@@ -1,1 +1,1 @@
-"""What the tests share: servers, clients, pictures and predictors. No test module imports from another one."""
+"""Helpers that the tests share: servers, clients, pictures and predictors. No test module imports from another one."""

@@ -1,4 +1,4 @@
-"""Admission alone: limits on requests, rows and bytes, and when a client is told to come back."""
+"""Admission alone: limits on requests, rows and bytes, and how long a refused client should wait."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_permit_is_released_if_its_request_fails() -> None:
     admission.check()
 
 
-def test_without_a_completed_request_a_client_is_told_to_wait_for_a_second() -> None:
+def test_retry_after_is_a_second_before_any_request_is_completed() -> None:
     admission = Admission(Settings(max_concurrent_requests=1))
     with admission.acquire(), pytest.raises(Overloaded) as refusal:
         admission.check()
@@ -48,7 +48,7 @@ def test_without_a_completed_request_a_client_is_told_to_wait_for_a_second() -> 
     assert refusal.value.retry_after_seconds == 1.0
 
 
-def test_a_client_is_told_to_wait_as_long_as_the_requests_in_flight_take_at_the_rate_so_far(
+def test_retry_after_is_the_time_that_the_requests_in_flight_take_at_the_rate_so_far(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
@@ -67,7 +67,7 @@ def test_a_client_is_told_to_wait_as_long_as_the_requests_in_flight_take_at_the_
     assert refusal.value.retry_after_seconds == pytest.approx(4 * 3.0)
 
 
-def test_nobody_is_told_to_wait_longer_than_a_request_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_is_never_longer_than_a_request_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     admission = Admission(Settings(max_concurrent_requests=1, request_timeout_seconds=5))

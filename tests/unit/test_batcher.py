@@ -1,4 +1,4 @@
-"""The batcher alone: which requests share a run, and what becomes of errors and cancellations."""
+"""The batcher alone: the requests that share a run, errors, and cancellation."""
 
 from __future__ import annotations
 

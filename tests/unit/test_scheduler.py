@@ -1,4 +1,4 @@
-"""The scheduler alone: which job comes next, how many run at once, and how workers wake and end."""
+"""The scheduler alone: the order of jobs, how many run at once, and how workers wake and end."""
 
 from __future__ import annotations
 
