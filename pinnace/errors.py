@@ -42,7 +42,10 @@ class ServingError(Exception):
 
 
 class InvalidInput(ServingError, http_status=400, grpc_status="INVALID_ARGUMENT", outcome="invalid"):
-    """The request is invalid; the text names the field. Raised by the decoders of requests and by predictors."""
+    """The request is invalid; the text says what is wrong, and names the field if there is one.
+
+    Raised where a request is read, decoded or checked, and by predictors.
+    """
 
 
 class Unauthenticated(ServingError, http_status=401, grpc_status="UNAUTHENTICATED", outcome="invalid"):

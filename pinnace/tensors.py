@@ -79,9 +79,10 @@ class Tensor:
 
     @classmethod
     def from_raw(cls, name: str, datatype: str, shape: Iterable[int], raw: bytes | memoryview) -> Tensor:
-        """Return a tensor with the values in `raw`, little-endian; numbers are not copied.
+        """Return a tensor with the values in `raw`, little-endian.
 
-        Each element of BYTES stands behind its length, a uint32, as in Triton's binary data extension
+        An array of numbers is a view of `raw`, read-only if `raw` is. An empty shape is a scalar. Each element of BYTES
+        is preceded by its length, a uint32, as in Triton's binary data extension
         (https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md).
 
         Raises:

@@ -37,8 +37,8 @@ from tests.support.pictures import CAT
 from tests.support.servers import Server, run_server
 from tests.support.waiting import wait_for
 
-REQUESTS = int(os.environ.get("TEST_CHAOS_REQUESTS") or 10_000)
-WARM_REQUESTS = REQUESTS // 4
+ATTACKS = int(os.environ.get("TEST_CHAOS_REQUESTS") or 10_000)
+WARM_UP_ATTACKS = ATTACKS // 4
 ATTACKERS = 24
 MAX_GROWTH = 1.1
 LARGE_BYTES, LARGE_SHARE = 500_000, 0.1  # most bodies of that size are skipped: the client spends its time on them
@@ -57,7 +57,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Attackers:
-    """Clients that attack both ports. `statuses` counts the statuses of the answers."""
+    """Clients that attack both ports. `statuses` counts the answers that were read, by HTTP or gRPC status."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -251,9 +251,9 @@ async def test_good_requests_among_thousands_of_hostile_ones_get_correct_answers
         good = GoodClients([*callers, Grpc(server.http_port, google, CAT)], expected)
         attackers = Attackers(server)
         sending = asyncio.create_task(good.run())
-        await attackers.run(WARM_REQUESTS)  # fills allocators and caches
+        await attackers.run(WARM_UP_ATTACKS)  # fills allocators and caches
         before_mib = memory_mib(server.process.pid, "Rss")
-        await attackers.run(REQUESTS)
+        await attackers.run(ATTACKS)
         good.may_send = False
         await sending
         await attackers.close()
@@ -269,7 +269,7 @@ async def test_good_requests_among_thousands_of_hostile_ones_get_correct_answers
         assert server.stop() == 0
 
     sys.stdout.write(
-        f"\n{good.answers} good answers among {REQUESTS} hostile acts, answered {dict(attackers.statuses)}; outcomes "
+        f"\n{good.answers} good answers among {ATTACKS} hostile acts, answered {dict(attackers.statuses)}; outcomes "
         f"{dict(outcomes)}; RSS {before_mib:.0f} MiB, {after_mib:.0f} after them\n"
     )
     assert good.answers > 0

@@ -609,7 +609,7 @@ def test_there_is_no_server_header_as_uvicorn_sends_it(server: Server) -> None:
     assert "date" in response.headers
 
 
-def test_options_without_cors_is_405(server: Server) -> None:
+def test_options_is_405_unless_cors_is_enabled(server: Server) -> None:
     Row("", f"OPTIONS /v1/models/{MODEL}:predict", {"error": "Method Not Allowed"}, 405).check(
         httpx.options(f"{server.url}/v1/models/{MODEL}:predict")
     )

@@ -109,7 +109,8 @@ def test_a_client_that_disconnects_in_the_middle_of_its_body_is_not_logged_as_an
     with server.connect() as connection:
         connection.sendall(HALF_A_BODY)
 
-    assert server.predict(make_v1_request(CAT)).status_code == 200
+    assert server.predict(make_v1_request(CAT), x_request_id="the-next-one").status_code == 200
+    server.wait_for_line(re.compile("requestId: the-next-one"))
     assert not [line for line in server.log[seen:] if re.search("ERROR|Traceback", line)]
 
 

@@ -34,11 +34,11 @@ def read_card(model_dir: Path) -> ModelCard:
 
 
 @pytest.fixture(scope="module")
-def convert(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that exports AlexNet in fp16 or int8, as the command line does, once per precision."""
+def quantized_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that quantizes the exported model, and returns its directory, which the tests share."""
     directories: dict[str, Path] = {}
 
-    def convert(precision: str) -> Path:
+    def quantize_to(precision: str) -> Path:
         if precision not in directories:
             model = onnx_ir.load(model_dir / MODEL_FILE)
             model, card = quantize(model, read_card(model_dir), model_dir, precision, *read_calibration_images(None))
@@ -46,7 +46,7 @@ def convert(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
             write_model(model, card, directories[precision], lambda _: None)
         return directories[precision]
 
-    return convert
+    return quantize_to
 
 
 def predict_logits(model_dir: Path) -> NDArray[np.float32]:
@@ -61,9 +61,9 @@ def predict_logits(model_dir: Path) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize(("precision", "max_mb", "min_cosine"), [("fp16", 123, 0.99999), ("int8", 65, 0.99)])
 def test_a_quantized_model_is_smaller_and_close_to_fp32(
-    precision: str, max_mb: int, min_cosine: float, convert: Callable[[str], Path], model_dir: Path
+    precision: str, max_mb: int, min_cosine: float, quantized_dir: Callable[[str], Path], model_dir: Path
 ) -> None:
-    folder = convert(precision)
+    folder = quantized_dir(precision)
     expected, actual = predict_logits(model_dir), predict_logits(folder)
 
     assert sum(file.stat().st_size for file in folder.iterdir()) < max_mb * MB
@@ -74,22 +74,22 @@ def test_a_quantized_model_is_smaller_and_close_to_fp32(
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_card_of_a_quantized_model_has_its_error(
-    precision: str, convert: Callable[[str], Path], model_dir: Path
+    precision: str, quantized_dir: Callable[[str], Path], model_dir: Path
 ) -> None:
-    card, (pictures, origin) = read_card(convert(precision)), read_calibration_images(None)
+    card, (pictures, origin) = read_card(quantized_dir(precision)), read_calibration_images(None)
 
     assert card.precision == precision
     assert card.weights_sha256 == read_card(model_dir).weights_sha256
-    assert card.precision_error == {"images": origin, **measure_error(model_dir, convert(precision), pictures)}
+    assert card.precision_error == {"images": origin, **measure_error(model_dir, quantized_dir(precision), pictures)}
     assert read_card(model_dir).precision_error == {}
-    assert [file.name for file in convert(precision).glob(f"*{WEIGHTS_SUFFIX}")] == [
+    assert [file.name for file in quantized_dir(precision).glob(f"*{WEIGHTS_SUFFIX}")] == [
         f"alexnet-{precision}-{card.weights_sha256[:12]}{WEIGHTS_SUFFIX}"
     ]
 
 
-def test_an_int8_answer_is_bit_equal_alone_and_in_a_batch(convert: Callable[[str], Path]) -> None:
+def test_an_int8_answer_is_bit_equal_alone_and_in_a_batch(quantized_dir: Callable[[str], Path]) -> None:
     pictures = list(PHOTOGRAPHS.values())
-    with run_server(f"--model_dir={convert('int8')}") as server:
+    with run_server(f"--model_dir={quantized_dir('int8')}") as server:
         together = server.predict(make_v1_request(*pictures)).json()["predictions"]
         alone = [server.predict(make_v1_request(picture)).json()["predictions"][0] for picture in pictures]
 
@@ -97,9 +97,9 @@ def test_an_int8_answer_is_bit_equal_alone_and_in_a_batch(convert: Callable[[str
 
 
 def test_the_linear_weights_of_an_int8_model_are_stored_transposed(
-    convert: Callable[[str], Path],
+    quantized_dir: Callable[[str], Path],
 ) -> None:
-    graph = onnx_ir.load(convert("int8") / MODEL_FILE).graph
+    graph = onnx_ir.load(quantized_dir("int8") / MODEL_FILE).graph
 
     assert [node.attributes.get_int("transB") for node in graph if node.op_type == "Gemm"] == [0, 0, 0]
     assert graph.initializers["classifier.1.weight_quantized"].shape == (9216, 4096)
@@ -140,7 +140,7 @@ def test_a_quantized_model_too_far_from_fp32_is_an_error(model_dir: Path, tmp_pa
         quantize(model, card, fp32_dir, "fp16", [CAT], "1 image")
 
 
-def test_the_error_is_json_in_the_models_metadata(convert: Callable[[str], Path]) -> None:
-    properties = read_card(convert("int8")).to_properties()
+def test_the_error_is_json_in_the_models_metadata(quantized_dir: Callable[[str], Path]) -> None:
+    properties = read_card(quantized_dir("int8")).to_properties()
 
     assert 0.99 < json.loads(properties["precision_error"])["cosine_min"] <= 1

@@ -275,8 +275,8 @@ def test_a_replica_with_a_fraction_of_a_gpu_takes_that_fraction_of_its_memory() 
 
 
 @contextmanager
-def run_ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `ray start` during the `with` block. Yield the process and what it printed until it was up."""
+def run_ray_node(awaited_text: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `ray start` during the `with` block. Yield the process, and its output up to the line with `awaited_text`."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *flags]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | SECRET
@@ -284,7 +284,7 @@ def run_ray_node(until: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str
         assert process.stdout
         try:
             printed = ""
-            while until not in printed:
+            while awaited_text not in printed:
                 line = process.stdout.readline()
                 assert line, printed
                 printed += line

@@ -86,7 +86,7 @@ class InferenceService(Service):
         )
 
     async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
-        incoming = GrpcInference(message, metadata, self._dataplane.byte_budget)
+        incoming = GrpcIncomingRequest(message, metadata, self._dataplane.byte_budget)
         response = await run_inference(self._dataplane, self._codec, incoming, current_timings())
         return response.body
 
@@ -109,8 +109,8 @@ class InferenceService(Service):
         return bytes(pb.RepositoryModelUnloadResponse(model_name=name, is_unloaded=True))
 
 
-class GrpcInference:
-    """An inference request over gRPC, as `run_inference` receives it."""
+class GrpcIncomingRequest:
+    """The IncomingRequest of a ModelInfer call: its message, complete and not decoded."""
 
     def __init__(self, message: bytes, metadata: Metadata, byte_budget: ByteBudget) -> None:
         self.headers = metadata

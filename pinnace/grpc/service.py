@@ -81,14 +81,20 @@ class Gate:
         self._read_timeout_seconds = settings.read_timeout_seconds
 
     async def read_request(self, call: Call) -> bytes:
-        """Return the message of a unary call. Raises Unauthenticated, RequestTimeout and InvalidInput."""
+        """Return the message of a unary call.
+
+        Raises Unauthenticated, RequestTimeout, InvalidInput if the call has no message, and what `call.receive` raises.
+        """
         message = await self._read_first(call)
         if message is None:
             raise InvalidInput("the call has no message")
         return message
 
     async def read_requests(self, call: Call) -> AsyncIterator[bytes]:
-        """Yield the messages of a streaming call; those after the first may take any time. Raises as `read_request`."""
+        """Yield the messages of a streaming call. Only the wait for the first has a deadline here.
+
+        Raises, at the first iteration, Unauthenticated and RequestTimeout; at any, what `call.receive` raises.
+        """
         message = await self._read_first(call)
         while message is not None:
             yield message

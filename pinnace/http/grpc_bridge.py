@@ -38,7 +38,10 @@ Inbox = asyncio.Queue[bytes | Exception | None]
 
 
 class GrpcBridge:
-    """The ASGI application for gRPC calls. LimitsMiddleware around it reads what a failed call leaves unread."""
+    """The ASGI application that answers gRPC calls on the HTTP port, with the services of the gRPC port.
+
+    LimitsMiddleware around it reads what a failed call leaves unread.
+    """
 
     def __init__(
         self, services: Sequence[Service], authenticator: Authenticator, byte_budget: ByteBudget, settings: Settings

@@ -23,8 +23,8 @@ class HttpCodec(Codec, Protocol):
         """Raise UnsupportedMediaType if `decode` does not take a body with these headers."""
 
 
-class HttpInference:
-    """An inference request over HTTP, as `run_inference` receives it."""
+class HttpIncomingRequest:
+    """The IncomingRequest of an HTTP request, whose body is not read yet."""
 
     def __init__(self, request: HttpRequest, codec: HttpCodec, timings: RequestTimings) -> None:
         self.headers: Mapping[str, str] = dict(request.headers)
@@ -54,5 +54,5 @@ class HttpInference:
 async def infer(dataplane: DataPlane, codec: HttpCodec, request: HttpRequest) -> HttpResponse:
     """Answer an inference request for the model that the path names. Raises ServingError."""
     timings = current_timings()
-    response = await run_inference(dataplane, codec, HttpInference(request, codec, timings), timings)
+    response = await run_inference(dataplane, codec, HttpIncomingRequest(request, codec, timings), timings)
     return HttpResponse(response.body, headers={**response.headers, "server-timing": timings.server_timing})

@@ -35,14 +35,14 @@ class LimitsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(scope, receive, self._byte_budget, self._settings, self._streaming)
+        request_body = _LimitedBody(scope, receive, self._byte_budget, self._settings, self._streaming)
 
         async def send_after_body(message: Message) -> None:
             is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-            if not is_last or body.finished:
+            if not is_last or request_body.finished:
                 await send(message)
                 return
-            drain = asyncio.create_task(body.drain())
+            drain = asyncio.create_task(request_body.drain())
             try:
                 await send({**message, "more_body": True})
                 await asyncio.wait({drain}, timeout=min(LINGER_SECONDS, self._settings.read_timeout_seconds))
@@ -52,9 +52,9 @@ class LimitsMiddleware:
                 await asyncio.wait({drain})
 
         try:
-            await self._app_for(scope)(scope, body.receive, send_after_body)
+            await self._app_for(scope)(scope, request_body.receive, send_after_body)
         finally:
-            self._byte_budget.release(body.reserved_bytes)
+            self._byte_budget.release(request_body.reserved_bytes)
 
     def _app_for(self, scope: Scope) -> ASGIApp:
         size_bytes = len(scope["raw_path"]) + len(scope["query_string"])
@@ -64,7 +64,9 @@ class LimitsMiddleware:
         return error_response(HeadersTooLarge(MAX_HEADER_BYTES))
 
 
-class _Body:
+class _LimitedBody:
+    """The body of one request, limited and counted as it arrives."""
+
     def __init__(
         self, scope: Scope, receive: Receive, byte_budget: ByteBudget, settings: Settings, streaming: bool
     ) -> None:

@@ -83,7 +83,10 @@ class V2Codec:
     protocol: ClassVar[str] = "v2"
 
     def check_headers(self, headers: Mapping[str, str]) -> None:
-        """Raise UnsupportedMediaType unless the body is JSON, or its JSON part has the length that a header gives."""
+        """Raise UnsupportedMediaType unless the headers declare uncompressed JSON.
+
+        With Inference-Header-Content-Length any content type passes: `decode` then takes the JSON by that length.
+        """
         if JSON_LENGTH_HEADER not in headers:
             check_content_type(headers)
 
@@ -151,17 +154,19 @@ class _BinaryData:
     """The bytes behind the JSON, which the inputs take from the front."""
 
     def __init__(self, raw: memoryview) -> None:
-        self._raw = raw
+        self._unread = raw
 
     def read(self, size_bytes: int, path: str) -> memoryview:
-        if not 0 <= size_bytes <= len(self._raw):
-            raise InvalidInput(f"{path}.parameters.binary_data_size is {size_bytes}, and {len(self._raw)} bytes follow")
-        data, self._raw = self._raw[:size_bytes], self._raw[size_bytes:]
+        if not 0 <= size_bytes <= len(self._unread):
+            raise InvalidInput(
+                f"{path}.parameters.binary_data_size is {size_bytes}, and {len(self._unread)} bytes follow"
+            )
+        data, self._unread = self._unread[:size_bytes], self._unread[size_bytes:]
         return data
 
     def check_consumed(self) -> None:
-        if self._raw:
-            raise InvalidInput(f"{len(self._raw)} bytes follow the last binary input")
+        if self._unread:
+            raise InvalidInput(f"{len(self._unread)} bytes follow the last binary input")
 
 
 def _get_json_length(encoded: EncodedRequest) -> int:

@@ -47,7 +47,7 @@ class Admission:
             raise Overloaded("rows (max_queue_rows)", self._retry_after_seconds())
 
     @contextmanager
-    def acquire(self) -> Iterator[Permit]:
+    def admit(self) -> Iterator[Permit]:
         """Hold a permit for the body of a `with` statement. Raises Overloaded."""
         self.check()
         if not self._permits:
@@ -83,7 +83,7 @@ class ByteBudget:
         self._reserved_bytes = 0
 
     def acquire(self, size_bytes: int) -> None:
-        """Reserve bytes, until `release`. Raises Overloaded."""
+        """Reserve bytes until `release`. Never waits: raises Overloaded if they do not fit."""
         if self._reserved_bytes + size_bytes > self._max_bytes:
             raise Overloaded("bytes (max_queue_bytes)")
         self._reserved_bytes += size_bytes

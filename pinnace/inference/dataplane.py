@@ -56,7 +56,7 @@ class DataPlane:
         """
         seconds = self.settings.request_timeout_seconds
         try:
-            with self._admissions[model.name].acquire() as call.permit, self.metrics.in_flight.track_inprogress():
+            with self._admissions[model.name].admit() as call.permit, self.metrics.in_flight.track_inprogress():
                 async with asyncio.timeout(seconds):
                     encoded = await model.infer(call)
         except TimeoutError:

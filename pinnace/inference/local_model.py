@@ -65,7 +65,7 @@ class LocalModel(Model):
 
     @property
     def metadata(self) -> ModelMetadata:
-        """Return the metadata of the loaded predictor; before a load, that of its class."""
+        """Return the metadata of the loaded predictor; while none is loaded, that of its class."""
         return self._metadata
 
     def load(self) -> None:

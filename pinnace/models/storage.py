@@ -147,7 +147,11 @@ def _verify(directory: Path, uri: str) -> None:
 
 
 def _main(uri: str, directory: str, *patterns: str) -> None:
-    """Download, in the separate process. On failure, write one line to standard error and exit with code 1."""
+    """Download the files that match a pattern, or all: the entry point of the process that `_download` starts.
+
+    The process must lead a process group of its own, since the whole group is killed when standard input ends. On
+    failure it exits with code 1, and the last line on standard error is the reason.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from kserve_storage import Storage
 

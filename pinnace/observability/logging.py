@@ -83,7 +83,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def banner(text: str) -> list[str]:
-    """Return the text as three lines, between two rules, that stand out in a log."""
+    """Return three lines that stand out in a log: a rule, the text, and a rule."""
     rule = "=" * 100
     return [rule, text, rule]
 

@@ -83,10 +83,11 @@ def _print_error(error: StartupError) -> None:
         sys.stderr.write(f"{NAME}: {error}\n")
 
 
-def _serve(flags: Sequence[str], program: str) -> int:
-    """Serve until a signal, or check; then end the process. Raises ConfigurationError.
+def _serve(flags: Sequence[str], program: str) -> NoReturn:
+    """Serve until a stop signal; with --check, only load the models and print what would be served.
 
-    The end does not wait for threads: a predictor may have started one that never ends.
+    Then end the process without waiting for threads: a predictor may have started one that never ends. Raises
+    ConfigurationError for wrong flags; a later StartupError is printed here.
     """
     settings = parse_settings(flags, os.environ, program)
     set_up_logging(settings, os.environ)
@@ -125,9 +126,10 @@ def _run(settings: Settings, check_only: bool) -> int:
 
 
 def _import_from_working_directory() -> None:
-    """Put the working directory first on the import path: a predictor may be a module in it.
+    """Make the modules in the working directory importable, since a predictor may be one of them.
 
-    `python -m` does so itself; the command and `python /path/to/app.py` have their own directory there instead.
+    `python -m` does so itself. The installed script and `python /path/to/app.py` have their own directory on the import
+    path instead, so the working directory is put before it.
     """
     with suppress(FileNotFoundError):  # it has been removed
         directory = os.getcwd()

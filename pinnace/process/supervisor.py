@@ -86,9 +86,10 @@ class Supervisor:
 
         Args:
             command: The command line of a worker.
-            http: The bound sockets of the HTTP port, which the workers inherit.
-            environment: Additional environment variables of the workers, the metrics directory among them.
-            grace_period_seconds: How long workers take to stop at most.
+            http: The bound sockets of the HTTP port. Workers inherit them; the supervisor closes its own at the stop.
+            environment: Variables that the workers get besides this process's own. It must contain MULTIPROCESS_ENV.
+            grace_period_seconds: The limit that workers keep when they stop. A worker that still runs KILL_SECONDS later
+                is killed.
         """
         self._command = command
         self._http = http
@@ -168,9 +169,10 @@ class Supervisor:
         return process, control_socket
 
     async def _wait_for_exit(self, process: asyncio.subprocess.Process, control_socket: socket.socket) -> int:
-        """Wait until the worker exits; at the stop, stop it, and kill it if it does not stop in time.
+        """Wait until the worker exits. When the supervisor stops, close the HTTP sockets and tell the worker to stop.
 
-        Returns its exit code as a shell does: 128 plus the signal's number for a worker that a signal ended.
+        Returns its exit code: that of ShutdownTimeout if it had to be killed, 0 if the stop came before it was ready,
+        128 plus the number of any other signal that ended it.
         """
         exited, stopped = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
         await asyncio.wait({exited, stopped}, return_when=asyncio.FIRST_COMPLETED)

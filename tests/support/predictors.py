@@ -36,9 +36,9 @@ class Echo(Predictor):
 
 
 class Gated(Echo):
-    """Holds each request in `preprocess`, at a gate: the FIFO in model_dir whose name is the instance.
+    """Holds each request in `preprocess`, at a gate: a FIFO in model_dir that the request's first value names.
 
-    The request waits while a test has the FIFO open for writing, and continues when the test closes it.
+    The request waits until a test has opened the FIFO for writing and closed it again; see `make_gate`.
     """
 
     def preprocess(self, request: Request) -> Arrays:

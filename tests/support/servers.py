@@ -29,7 +29,7 @@ TWO_WORKERS = "--workers=2"
 
 
 class Server:
-    """A running server. `log` holds the lines of standard error that have been read so far."""
+    """A server process. `log` has the lines of standard error up to the last `wait_for_line`, all after `stop`."""
 
     def __init__(self, process: subprocess.Popen[str], stderr: IO[str]) -> None:
         self.process = process

@@ -13,10 +13,10 @@ from pinnace.settings import Settings
 
 def test_as_many_permits_can_be_held_as_allowed_and_one_more_is_refused() -> None:
     admission = Admission(Settings(max_concurrent_requests=2))
-    with admission.acquire():
-        with admission.acquire():
+    with admission.admit():
+        with admission.admit():
             assert admission.in_flight == 2
-            with pytest.raises(Overloaded, match="max_concurrent_requests"), admission.acquire():
+            with pytest.raises(Overloaded, match="max_concurrent_requests"), admission.admit():
                 pass
         admission.check()
     assert admission.in_flight == 0
@@ -24,7 +24,7 @@ def test_as_many_permits_can_be_held_as_allowed_and_one_more_is_refused() -> Non
 
 def test_the_rows_of_all_permits_are_limited_and_a_request_counts_as_one_until_it_is_decoded() -> None:
     admission = Admission(Settings(max_queue_rows=3))
-    with admission.acquire() as permit:
+    with admission.admit() as permit:
         admission.check()
         permit.num_rows = 3
         with pytest.raises(Overloaded, match="max_queue_rows"):
@@ -35,14 +35,14 @@ def test_the_rows_of_all_permits_are_limited_and_a_request_counts_as_one_until_i
 
 def test_a_permit_is_released_if_its_request_fails() -> None:
     admission = Admission(Settings(max_concurrent_requests=1))
-    with pytest.raises(KeyError), admission.acquire():
+    with pytest.raises(KeyError), admission.admit():
         raise KeyError
     admission.check()
 
 
 def test_retry_after_is_a_second_before_any_request_is_completed() -> None:
     admission = Admission(Settings(max_concurrent_requests=1))
-    with admission.acquire(), pytest.raises(Overloaded) as refusal:
+    with admission.admit(), pytest.raises(Overloaded) as refusal:
         admission.check()
 
     assert refusal.value.retry_after_seconds == 1.0
@@ -55,12 +55,12 @@ def test_retry_after_is_the_time_that_the_requests_in_flight_take_at_the_rate_so
     monkeypatch.setattr("time.monotonic", lambda: now)
     admission = Admission(Settings(max_concurrent_requests=4))
     for _ in range(2):  # two requests of three seconds, one after the other, an hour apart
-        with admission.acquire():
+        with admission.admit():
             now += 3.0
         now += 3600.0
     with ExitStack() as stack:
         for _ in range(4):
-            stack.enter_context(admission.acquire())
+            stack.enter_context(admission.admit())
         with pytest.raises(Overloaded) as refusal:
             admission.check()
 
@@ -71,9 +71,9 @@ def test_retry_after_is_never_longer_than_a_request_may_take(monkeypatch: pytest
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     admission = Admission(Settings(max_concurrent_requests=1, request_timeout_seconds=5))
-    with admission.acquire():
+    with admission.admit():
         now += 50.0
-    with admission.acquire(), pytest.raises(Overloaded) as refusal:
+    with admission.admit(), pytest.raises(Overloaded) as refusal:
         admission.check()
 
     assert refusal.value.retry_after_seconds == 5
