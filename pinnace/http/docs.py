@@ -76,7 +76,7 @@ def _assets() -> list[Route]:
 
 
 def _document(models: list[Model], settings: Settings) -> Any:
-    """Return the OpenAPI document, completed with Pinnace's version, the models' names and the first model's example."""
+    """Return the OpenAPI document with Pinnace's version, the models' names and the first model's example."""
     import yaml  # loading it and reading the file takes 0.1 s, and few clients need the document
 
     document = yaml.safe_load(DOCUMENT.read_text())
