@@ -60,7 +60,10 @@ class ModelNotFound(ServingError, http_status=404, grpc_status="NOT_FOUND", outc
 
 
 class TooLarge(ServingError, http_status=413, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
-    """The request exceeds a size limit; the text names the limit. Raised where the size becomes known."""
+    """The request, or a gRPC response, exceeds a limit on bytes, JSON values, pixels or instances; the text says which.
+
+    Raised by http, inference.call, models.image and predictors.
+    """
 
 
 class RequestTimeout(ServingError, http_status=408, grpc_status="DEADLINE_EXCEEDED", outcome="invalid"):

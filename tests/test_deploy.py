@@ -128,8 +128,8 @@ def pod_specs(value: Any) -> Iterator[Manifest]:
 
 
 @pytest.mark.parametrize("file", [*MANIFESTS, PROJECT / "deploy/ray/rayservice.yaml"], ids=lambda file: file.stem)
-def test_no_pod_gets_the_variables_of_services(file: Path) -> None:
-    """PINNACE_HTTP_PORT=tcp://… of a Service named pinnace-http would stand in the place of a setting."""
+def test_every_pod_disables_service_links(file: Path) -> None:
+    """Otherwise Kubernetes adds variables for each Service, such as PINNACE_HTTP_PORT=tcp://…, which is a setting's name."""
     specs = [spec for document in documents(file) for spec in pod_specs(document["spec"])]
 
     assert [spec["enableServiceLinks"] for spec in specs] == [False] * max(1, len(specs))

@@ -93,7 +93,7 @@ def has_one_output(response: httpx.Response) -> bool:
 
 KSERVE_500 = "KServe says 500 with the exception's name: a client's mistake is 400 here"
 KSERVE_422 = "KServe says 422 with FastAPI's detail, which its own clients do not read: 400 with error, as V2 specifies"
-OPENMETRICS = {"accept": "application/openmetrics-text"}
+ACCEPT_OPENMETRICS = {"accept": "application/openmetrics-text"}
 
 ROUTES = [
     Row("GET /", "GET /", {"status": "alive"}),
@@ -108,7 +108,7 @@ ROUTES = [
         lambda r: (
             r.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0") and "# EOF" in r.text
         ),
-        headers=OPENMETRICS,
+        headers=ACCEPT_OPENMETRICS,
     ),
     Row("GET /docs when off", "GET /docs", {"error": "Not Found"}, 404, differs="KServe says detail"),
     Row("GET /redoc", "GET /redoc", {"error": "Not Found"}, 404, differs="KServe says detail"),

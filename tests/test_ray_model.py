@@ -45,11 +45,11 @@ def find_descendants(ancestor: subprocess.Popen[Any], *pattern: str) -> set[int]
     return {int(process) for process in found if is_alive(int(process)) and is_descendant(int(process), ancestor.pid)}
 
 
-def is_descendant(process: int, ancestor: int) -> bool:
-    """Return whether `process` descends from `ancestor`: a replica is a child of Ray, and Ray of the server."""
-    while process > 1 and process != ancestor:
-        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    return process == ancestor
+def is_descendant(pid: int, ancestor_pid: int) -> bool:
+    """Return whether a process is the ancestor, its child, or a child of those. Ray starts the server's replicas."""
+    while pid > 1 and pid != ancestor_pid:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid == ancestor_pid
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ def echo() -> Iterator[Server]:
         yield server
 
 
-def run_curl(server: Server, *arguments: str) -> tuple[int, Any]:
-    """Send one request with curl, whose defaults are part of the test, and return status and JSON."""
+def predict_with_curl(server: Server, *arguments: str) -> tuple[int, Any]:
+    """Send a prediction request as curl does by default. Return the HTTP status and the parsed JSON."""
     done = subprocess.run(
         ["curl", "-sS", "-m", "30", "-w", "\n%{http_code}", *arguments, server.url + PREDICT],
         capture_output=True,
@@ -67,7 +67,7 @@ def test_the_tutorials_request_is_answered_with_any_of_these_content_types(
     if not TUTORIAL_REQUEST.exists():
         pytest.skip(f"the tutorial's {TUTORIAL_REQUEST.name} is not beside the project")
 
-    status, answer = run_curl(server, "-H", header, "-d", f"@{TUTORIAL_REQUEST}")
+    status, answer = predict_with_curl(server, "-H", header, "-d", f"@{TUTORIAL_REQUEST}")
 
     assert status == 200
     assert answer.keys() == {"predictions"}
@@ -96,7 +96,7 @@ def test_every_kind_of_image_can_be_the_body(name: str, server: Server, original
 def test_curl_can_send_a_picture_as_the_body(server: Server, original: Source, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(CAT)
 
-    status, answer = run_curl(server, "-H", "Content-Type: image/png", "--data-binary", f"@{tmp_path}/cat.png")
+    status, answer = predict_with_curl(server, "-H", "Content-Type: image/png", "--data-binary", f"@{tmp_path}/cat.png")
 
     assert status == 200
     np.testing.assert_allclose(answer["predictions"], [compute_top5(original, CAT)], rtol=0, atol=1e-4)

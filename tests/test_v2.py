@@ -177,9 +177,9 @@ def test_the_requested_outputs_are_returned_in_order_and_are_consistent(server: 
 
 
 def test_labels_are_torchvisions_categories_and_can_be_binary(server: Server, original: Source) -> None:
-    outputs = [{"name": "indices"}, {"name": "labels", "parameters": {"binary_data": True}}]
+    requested = [{"name": "indices"}, {"name": "labels", "parameters": {"binary_data": True}}]
 
-    header, tail = split_binary(infer(server, make_image_input(CAT), outputs=outputs))
+    header, tail = split_binary(infer(server, make_image_input(CAT), outputs=requested))
 
     indices, labels = header["outputs"]
     expected = [original.labels[index].encode() for index in indices["data"]]

@@ -123,10 +123,14 @@ def parse(message_class: type[M], message: bytes, max_fields: int = MAX_FIELDS_O
         return wire.decode(message_class, message, max_fields)
 
 
-def parse_text(message_class: type[M], message: bytes, number: int) -> str:
-    """Return one string field of a message whose other fields take too long to decode here. Raises InvalidInput."""
+def parse_text(message_class: type[M], message: bytes, field_number: int) -> str:
+    """Return the string field with this number, empty if absent, without decoding the rest of the message.
+
+    The rest may take longer than the event loop can be blocked. Raises InvalidInput, also if the field is not among the
+    first 1,000.
+    """
     with _decode_errors_as_invalid_input(message_class):
-        return wire.first_text(message, number)
+        return wire.first_text(message, field_number)
 
 
 @contextmanager

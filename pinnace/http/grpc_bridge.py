@@ -85,11 +85,12 @@ class GrpcBridge:
         """Send the responses to a call, and return the status that it ends with."""
         if call.path not in self._unary and call.path not in self._streams:
             return METHOD_NOT_FOUND
+        max_bytes = self._settings.grpc_max_send_message_length
         try:
             async with asyncio.timeout(_client_timeout_seconds(call.metadata)):
                 async for message in self._responses(call):
-                    if len(message) > self._settings.grpc_max_send_message_length:
-                        raise TooLarge(f"Sent message larger than max ({len(message)})")
+                    if len(message) > max_bytes:
+                        raise TooLarge(f"Sent message larger than max ({len(message)} vs. {max_bytes})")
                     body = FRAME_PREFIX.pack(0, len(message)) + message
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except TimeoutError:

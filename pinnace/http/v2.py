@@ -157,6 +157,7 @@ class _BinaryData:
         self._unread = raw
 
     def read(self, size_bytes: int, path: str) -> memoryview:
+        """Take the next bytes, for the input at `path` in the JSON. Raises InvalidInput."""
         if not 0 <= size_bytes <= len(self._unread):
             raise InvalidInput(
                 f"{path}.parameters.binary_data_size is {size_bytes}, and {len(self._unread)} bytes follow"

@@ -167,7 +167,7 @@ class Batcher:
             return
         for pending in batch:
             pending.timings.stages["queue"] = started_at - pending.enqueued_at
-        self._metrics.count_batch(self._model_name, "full" if is_full else self._close_reason(batch[0]))
+        self._metrics.count_batch(self._model_name, "full" if is_full else self._why_not_larger(batch[0]))
         results = run_batch(batch, self._model_name, self._max_rows, self._metrics)
         with self._scheduler.lock:
             self._is_running = False
@@ -179,8 +179,11 @@ class Batcher:
             for pending, result in zip(batch, results, strict=True):
                 self._scheduler.encode_queue.append(partial(_encode, pending, result))
 
-    def _close_reason(self, oldest: PendingRequest) -> str:
-        """Return why a batch that has capacity left was closed."""
+    def _why_not_larger(self, oldest: PendingRequest) -> str:
+        """Return why a batch that left no request waiting is not larger.
+
+        The reason is `delay` (max_batch_delay_ms is set), `queued` (its oldest request waited for the last run) or `idle`.
+        """
         if self._delay_seconds:
             return "delay"
         return "queued" if oldest.enqueued_at < self._run_ended_at else "idle"

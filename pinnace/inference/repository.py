@@ -119,14 +119,14 @@ class Repository:
         self._num_pending_changes -= 1
         if not work.cancelled() and (error := work.exception()):
             logger.error("%s could not be loaded: %s", model.name, error)
-        self._publish_state(model)
+        self._publish_readiness(model)
 
     async def _watch(self, model: Model) -> None:
         while True:
             await model.wait_until_ready_changes()
-            self._publish_state(model)
+            self._publish_readiness(model)
 
-    def _publish_state(self, model: Model) -> None:
+    def _publish_readiness(self, model: Model) -> None:
         logger.info("%s is %s", model.name, "ready" if model.is_ready else "not ready")
         self._metrics.set_model_state(model.name, model.metadata.platform, model.is_ready)
         self._notify()

@@ -74,8 +74,8 @@ def fetch(uri: str, cache_dir: Path | None) -> Path:
 
 
 def redact_uri(uri: str) -> str:
-    """Return the URI without what may be secret: user name and password, and a signed query."""
-    return re.sub(r"//[^/]*@", "//", uri).partition("?")[0]
+    """Return the URI without user name, password and query, which may be secret (a query can hold a signature)."""
+    return re.sub(r"//[^/]*@", "//", uri.partition("?")[0])
 
 
 def _check_exists(path: Path, named: str) -> Path:

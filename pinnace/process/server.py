@@ -163,7 +163,10 @@ async def _watch_models(repository: Repository, stop: asyncio.Event) -> RayHeadL
 
 
 def _connect_supervisor(control_socket: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event) -> None:
-    """Tell the supervisor that this worker is ready, then obey its stop messages; stop if it disappears."""
+    """Report ready to the supervisor, and from then on set `stop` or `force_exit` as its messages say.
+
+    If the supervisor disappears, set `stop`, and remove the shared models, which it can no longer do.
+    """
     with suppress(BrokenPipeError):  # the supervisor is gone: on_message receives the end of the stream
         control_socket.send(READY)
     loop = asyncio.get_running_loop()
