@@ -129,7 +129,7 @@ def pod_specs(value: Any) -> Iterator[Manifest]:
 
 @pytest.mark.parametrize("file", [*MANIFESTS, PROJECT / "deploy/ray/rayservice.yaml"], ids=lambda file: file.stem)
 def test_every_pod_disables_service_links(file: Path) -> None:
-    """Otherwise Kubernetes adds variables for each Service, such as PINNACE_HTTP_PORT=tcp://…, which is a setting's name."""
+    """Otherwise Kubernetes adds variables per Service, such as PINNACE_HTTP_PORT=tcp://…, the name of a setting."""
     specs = [spec for document in documents(file) for spec in pod_specs(document["spec"])]
 
     assert [spec["enableServiceLinks"] for spec in specs] == [False] * max(1, len(specs))

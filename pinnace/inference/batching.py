@@ -182,7 +182,7 @@ class Batcher:
     def _why_not_larger(self, oldest: PendingRequest) -> str:
         """Return why a batch that left no request waiting is not larger.
 
-        The reason is `delay` (max_batch_delay_ms is set), `queued` (its oldest request waited for the last run) or `idle`.
+        It is `delay` if max_batch_delay_ms is set, `queued` if its oldest request waited for the last run, else `idle`.
         """
         if self._delay_seconds:
             return "delay"

@@ -33,7 +33,7 @@ class Classifier(Predictor):
     example = ({"image": {"b64": TRAFFIC_LIGHT}},)
 
     def load(self) -> None:
-        """Load the model and run it once. Raises what OnnxSession raises, and ModelLoadError if the model is not ours."""
+        """Load the model and run it once. Raises what OnnxSession raises, and ModelLoadError for a foreign model."""
         self.session = OnnxSession(
             self.model_dir, self.settings.device, self.settings.threads, self.settings.gpu_memory_percent
         )

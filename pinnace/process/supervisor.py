@@ -86,7 +86,7 @@ class Supervisor:
 
         Args:
             command: The command line of a worker.
-            http: The bound sockets of the HTTP port. Workers inherit them; the stop closes them here.
+            http: The bound sockets of the HTTP port. Workers inherit them; the stop closes them.
             environment: Variables that the workers get besides this process's own. It must contain MULTIPROCESS_ENV.
             grace_period_seconds: The limit that workers keep when they stop. A worker that still runs KILL_SECONDS later
                 is killed.
