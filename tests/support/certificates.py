@@ -22,9 +22,9 @@ class Identity(NamedTuple):
 def make_identity(folder: Path, name: str, issuer: Identity | None) -> Identity:
     """Write a certificate that `issuer` has signed and its key to `folder`; without an issuer, a CA's own."""
     identity = Identity(folder / f"{name}.pem", folder / f"{name}.key")
-    rights: list[object] = ["-addext", "basicConstraints=critical,CA:TRUE"]
+    rights: list[object] = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign"]
     if issuer:
-        rights = ["-CA", issuer.certificate, "-CAkey", issuer.key]
+        rights = ["-CA", issuer.certificate, "-CAkey", issuer.key, "-addext", "basicConstraints=critical,CA:FALSE"]
         rights += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     _run_openssl(*new, "-subj", f"/CN={name}", "-keyout", identity.key, "-out", identity.certificate, *rights)
