@@ -87,8 +87,8 @@ class Supervisor:
         Args:
             command: The command line of a worker.
             http: The bound sockets of the HTTP port. Workers inherit them; the stop closes them.
-            environment: Variables that the workers get besides this process's own. It must contain MULTIPROCESS_ENV.
-            grace_period_seconds: The limit that workers keep when they stop. A worker that still runs KILL_SECONDS later
+            environment: The workers' variables besides this process's own. MULTIPROCESS_ENV must be one of them.
+            grace_period_seconds: The limit that workers keep when they stop. A worker that runs KILL_SECONDS longer
                 is killed.
         """
         self._command = command
