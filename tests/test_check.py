@@ -67,7 +67,7 @@ def test_check_fails_if_any_model_does_not_load(tmp_path: Path) -> None:
     )
 
     assert (code, lines) == (4, [])
-    assert problem == f"pinnace: {tmp_path}/none, where bad should be, does not exist: see --model_dir"
+    assert problem == f"pinnace: the path of bad, {tmp_path}/none, does not exist: see --model_dir"
 
 
 @pytest.mark.parametrize(

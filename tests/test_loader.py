@@ -134,7 +134,7 @@ def test_runs_that_use_all_cores_take_turns(make_gate: Callable[[str], Path]) ->
 @pytest.mark.parametrize(
     ("flags", "code", "problem"),
     [
-        (["--model=a=/no/such/folder,b=/nor/this"], 4, "pinnace: /no/such/folder, where a should be, does not exist"),
+        (["--model=a=/no/such/folder,b=/nor/this"], 4, "pinnace: the path of a, /no/such/folder, does not exist"),
         (["--model=a=,a="], 2, "pinnace: --model names a twice"),
         (["--model=a"], 2, "pinnace: --model must be NAME=DIR, the name without slash, colon or blank, not a"),
         (
