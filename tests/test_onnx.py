@@ -73,7 +73,8 @@ def test_cuda_gives_the_logits_of_the_cpu(model_dir: Path) -> None:
 
 
 def test_the_error_of_a_missing_model_names_the_searched_paths() -> None:
-    with pytest.raises(ModelFileNotFound, match=r"^no model in /mnt/models nor in model/: export one with `pinnace export`"):
+    searched = r"^no model in /mnt/models nor in model/: export one with `pinnace export`"
+    with pytest.raises(ModelFileNotFound, match=searched):
         OnnxSession(None, "cpu", 1)
 
 

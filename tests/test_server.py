@@ -279,7 +279,7 @@ def test_a_port_in_use_stops_the_start_with_its_exit_code_and_one_line(flag: str
 @pytest.mark.parametrize(
     ("flags", "code", "problem"),
     [
-        (["--no_such_flag"], 2, "pinnace: unrecognized arguments: --no_such_flag (--help lists the flags)"),
+        (["--no_such_flag"], 2, "pinnace: unknown flag --no_such_flag (--help lists the flags)"),
         (["--model_dir=/no/such/folder"], 4, "pinnace: the path of custom-model, /no/such/folder, does n"),
         (["--model_dir=tests"], 4, "pinnace: tests must hold exactly one .onnx file, and holds none: see --model_dir"),
         (["--model_dir=README.md"], 5, "pinnace: README.md cannot be loaded ("),
