@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from model_export.errors import DependencyMissing, ExportError, UsageError
-from pinnace.errors import StartupError
+from pinnace.errors import StartupError, one_line
 from pinnace.observability.logging import banner
 from pinnace.runtimes.onnx import load_onnxruntime
 
@@ -38,10 +38,10 @@ def _export(arguments: argparse.Namespace) -> int:
     load_onnxruntime()
     try:
         from model_export import export, quantize, source, verify
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise DependencyMissing(
-            f"{error.name} is not installed: run `pip install 'pinnace[cpu,export]'`, in a clone "
-            "`pip install -r requirements-export.txt`"
+            f"the export needs torch and the packages around it ({one_line(error)}): run `pip install "
+            "'pinnace[cpu,export]'`, in a clone `pip install -r requirements-export.txt`"
         ) from error
 
     is_fp32 = arguments.precision == "fp32"

@@ -99,7 +99,7 @@ def test_a_preprocessed_tensor_gets_the_logits_of_its_image(dtype: type, classif
             np.zeros((3, 224, 224), np.float32),
             r"is FP32 of shape \[3, 224, 224\]: expected BYTES",
         ),
-        (np.zeros((1, 3, 224, 224), np.uint8), r"is UINT8 of shape .*, nor FP32 of shape \[rows, 3, 224, 224\]"),
+        (np.zeros((1, 3, 224, 224), np.uint8), r"is UINT8 of shape .*, or FP32 of shape \[rows, 3, 224, 224\]"),
         (np.full((1, 3, 224, 224), np.nan, np.float32), "has values that are not finite"),
         (np.full((1, 3, 224, 224), 1e300), "has values that are not finite"),
     ],

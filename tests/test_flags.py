@@ -314,7 +314,7 @@ def test_variables_of_services_and_of_our_own_are_not_warned_of(caplog: pytest.L
 
 def test_a_start_warns_of_an_unknown_variable_once_whatever_the_number_of_workers() -> None:
     with run_server(
-        "--predictor=tests.predictors:Echo",
+        "--predictor=tests.support.predictors:Echo",
         "--workers=2",
         environment={**os.environ, "PINNACE_MODEL_DIRS": "a", "PINNACE_PORT_80_TCP": "tcp://10.0.0.1:80"},
     ) as server:
@@ -377,8 +377,8 @@ def test_a_wrong_command_line_ends_with_exit_code_2_and_one_line(arguments: list
 
 
 def test_check_says_what_serve_would_serve() -> None:
-    as_command = run(sys.executable, "-m", "pinnace", "check", "--predictor=tests.predictors:Echo")
-    as_flag = run(sys.executable, "app.py", "--check", "--predictor=tests.predictors:Echo")
+    as_command = run(sys.executable, "-m", "pinnace", "check", "--predictor=tests.support.predictors:Echo")
+    as_flag = run(sys.executable, "app.py", "--check", "--predictor=tests.support.predictors:Echo")
 
     assert as_command == as_flag
     assert as_command[0] == 0

@@ -226,9 +226,11 @@ def make_bad_requests(google: ModuleType) -> dict[str, Any]:
         "input 'input-0': its shape does not match the 2 values that were sent": make_image_request(
             google, CAT, CAT, shape=[]
         ),
-        "input 'input-0': its shape has a negative": make_image_request(google, CAT, shape=[-1]),
+        "input 'input-0': its shape must have at most 16 dimensions, none of them negative": make_image_request(
+            google, CAT, shape=[-1]
+        ),
         "input 'input-0': its datatype is not one of BOOL": unknown,
-        "input 'input-0': FP16 travels in raw_input_contents only": fp16,
+        "input 'input-0': FP16 can be sent in raw_input_contents only": fp16,
         "input 'input-0': its raw BYTES are truncated": cut,
         "the number of inputs (1) does not match the expected number of raw input contents (2) for model "
         "'custom-model'.": two_raw,

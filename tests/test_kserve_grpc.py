@@ -203,7 +203,7 @@ SEMANTICS = [
     make_infer_row(
         "typed FP16",
         lambda g: make_request_with_datatype(g, "FP16"),
-        ("INVALID_ARGUMENT", "input 'input-0': FP16 travels in raw_input_contents only"),
+        ("INVALID_ARGUMENT", "input 'input-0': FP16 can be sent in raw_input_contents only"),
     ),
 ]
 

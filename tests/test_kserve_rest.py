@@ -254,7 +254,7 @@ ERRORS = [
     Row(
         "wrong shape",
         INFER,
-        "input 'input-0': its shape asks",
+        "input 'input-0': its shape does not match",
         400,
         make_v2_request(shape=[1, 3], datatype="FP32", data=[1.0]),
         {},
@@ -441,7 +441,7 @@ TENSORS = [
     Row(
         "shape negative",
         INFER,
-        "input 'input-0': its shape has a negative",
+        "input 'input-0': its shape must have at most 16 dimensions, none of them negative",
         400,
         make_v2_request(shape=[-1]),
         {},
