@@ -58,7 +58,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     """HTTP headers or gRPC metadata; names are in lower case."""
     started_at: float = field(default_factory=time.perf_counter)
-    """When the server began to receive the request, on the clock of time.perf_counter, in seconds."""
+    """When the request was decoded, on the clock of time.perf_counter, in seconds."""
     response_format: Any = None
     """How the response is to be encoded. Only the codec that decoded the request reads it."""
 

@@ -53,5 +53,5 @@ class HealthService(Service):
     def _status(self, service: str) -> Status:
         """Return the status of the server or a model. Raises ModelNotFound."""
         repository = self._dataplane.repository
-        ready = repository.is_ready("" if service == SERVICE else service)
+        ready = repository.is_ready(None if service in ("", SERVICE) else service)
         return Status.SERVING if ready else Status.NOT_SERVING

@@ -87,8 +87,7 @@ class InferenceService(Service):
 
     async def _model_infer(self, message: bytes, metadata: Metadata) -> bytes:
         incoming = GrpcIncomingRequest(message, metadata, self._dataplane.byte_budget)
-        response = await run_inference(self._dataplane, self._codec, incoming, current_timings())
-        return response.body
+        return await run_inference(self._dataplane, self._codec, incoming, current_timings())
 
     async def _repository_index(self, message: bytes, _: Metadata) -> bytes:
         only_ready = parse(pb.RepositoryIndexRequest, message).ready
@@ -131,6 +130,10 @@ class GrpcIncomingRequest:
         """Count the message against max_queue_bytes. Raises Overloaded."""
         with self._byte_budget.reserve(len(self._message)):
             yield
+
+    def make_response(self, encoded: EncodedResponse) -> bytes:
+        """Return the bytes of the response message."""
+        return encoded.body
 
 
 class GrpcCodec:

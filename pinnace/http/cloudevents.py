@@ -63,6 +63,7 @@ def unwrap(payload: Any, content_type: str, headers: Mapping[str, str]) -> tuple
                 raise InvalidInput(f'not a CloudEvent: "{name}" is missing')
         if payload["specversion"] not in SPEC_VERSIONS:
             raise InvalidInput(f'not a CloudEvent: "specversion" must be one of {", ".join(SPEC_VERSIONS)}')
-        return payload["data"], Envelope("structured", payload) if structured else None
+        attributes = {name: value for name, value in payload.items() if name != "data"}
+        return payload["data"], Envelope("structured", attributes) if structured else None
     attributes = {name.removeprefix(PREFIX): value for name, value in headers.items() if name.startswith(PREFIX)}
     return payload, Envelope("binary", attributes) if all(name in attributes for name in REQUIRED) else None

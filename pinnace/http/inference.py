@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
 from pinnace.http.request import cancel_on_disconnect, read_body
-from pinnace.inference.codec import Codec
+from pinnace.inference.codec import Codec, EncodedResponse
 from pinnace.inference.dataplane import DataPlane, run_inference
 from pinnace.observability.timings import RequestTimings, current_timings
 
@@ -50,9 +50,13 @@ class HttpIncomingRequest:
         """Return a context that ends with ClientDisconnected if the client disconnects."""
         return cancel_on_disconnect(self._request)
 
+    def make_response(self, encoded: EncodedResponse) -> HttpResponse:
+        """Return the HTTP response, with the header that says where the time went."""
+        headers = {**encoded.headers, "server-timing": self._timings.server_timing}
+        return HttpResponse(encoded.body, headers=headers)
+
 
 async def infer(dataplane: DataPlane, codec: HttpCodec, request: HttpRequest) -> HttpResponse:
     """Answer an inference request for the model that the path names. Raises ServingError."""
     timings = current_timings()
-    response = await run_inference(dataplane, codec, HttpIncomingRequest(request, codec, timings), timings)
-    return HttpResponse(response.body, headers={**response.headers, "server-timing": timings.server_timing})
+    return await run_inference(dataplane, codec, HttpIncomingRequest(request, codec, timings), timings)

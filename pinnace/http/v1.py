@@ -20,6 +20,7 @@ from pinnace.http import cloudevents
 from pinnace.http.inference import infer
 from pinnace.http.json import dump_json, parse_json
 from pinnace.http.request import IMAGE_TYPES, check_content_type, media_type
+from pinnace.inference.admission import check_max_rows
 from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.dataplane import DataPlane
 from pinnace.predictor import Request, RequestedOutput, Response
@@ -80,6 +81,7 @@ class V1Codec:
                 response_format=_ResponseFormat(False, envelope),
             )
         instances = _get_instances(payload)
+        check_max_rows(len(instances), self._settings)  # before they cost the time to be made into tensors
         signature = payload.get("signature_name", DEFAULT_SIGNATURE)
         if not isinstance(signature, str) or signature not in SIGNATURES:
             raise InvalidInput(f'"signature_name" must be one of {", ".join(SIGNATURES)}')

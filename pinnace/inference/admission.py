@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pinnace.errors import Overloaded
+from pinnace.errors import Overloaded, TooLarge
 from pinnace.settings import Settings
 
 RATE_WINDOW = 32  # completed requests from which the rate of a model is estimated
@@ -73,6 +73,12 @@ class Admission:
             return 1.0
         seconds_per_request = (self._busy_clock() - self._completions[0]) / completed
         return min(self.in_flight * seconds_per_request, self._settings.request_timeout_seconds)
+
+
+def check_max_rows(num_rows: int, settings: Settings) -> None:
+    """Raise TooLarge if one request has more rows than max_instances."""
+    if num_rows > settings.max_instances:
+        raise TooLarge(f"{num_rows} instances exceed max_instances ({settings.max_instances})")
 
 
 class ByteBudget:

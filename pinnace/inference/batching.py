@@ -74,6 +74,7 @@ class Batcher:
         pending = PendingRequest(preprocess, postprocess, timings, asyncio.get_running_loop().create_future())
         try:
             result: T = await self._scheduler.submit(pending.result, partial(self._enqueue, pending))
+            return result
         finally:
             with self._scheduler.lock:
                 was_decoded = pending.is_decoded
@@ -81,7 +82,7 @@ class Batcher:
                     self._backlog.remove(pending)  # otherwise its body would stay in memory until its turn
             if was_decoded:
                 self._metrics.queued_or_running.dec()
-        return result
+            del pending  # an error would keep this frame, and so the request's body, until a garbage collection
 
     def next_job(self) -> Job:
         """Return the run of the oldest request that is not cancelled, with those queued that fit into its batch."""
@@ -146,6 +147,7 @@ class Batcher:
             preprocessed, error = pending.context.run(capture, pending.preprocess)
             pending.timings.stages["decode_queue"] = started_at - pending.enqueued_at
             pending.timings.stages["decode"] = time.perf_counter() - started_at
+            self._observe_if_abandoned(pending, "decode", "preprocess")
         with self._scheduler.lock:
             self._num_decoding -= 1
             if preprocessed and not pending.result.cancelled():
@@ -169,6 +171,8 @@ class Batcher:
             pending.timings.stages["queue"] = started_at - pending.enqueued_at
         self._metrics.count_batch(self._model_name, "full" if is_full else self._why_not_larger(batch[0]))
         results = run_batch(batch, self._model_name, self._max_rows, self._metrics)
+        for pending in batch:
+            self._observe_if_abandoned(pending, "infer", "predict")
         with self._scheduler.lock:
             self._is_running = False
             self._scheduler.has_exclusive_run &= not batch[0].preprocessed.predictor.uses_all_cores
@@ -177,7 +181,7 @@ class Batcher:
             self._finish(len(batch))
             self._update_ready_at()
             for pending, result in zip(batch, results, strict=True):
-                self._scheduler.encode_queue.append(partial(_encode, pending, result))
+                self._scheduler.encode_queue.append(partial(self._encode, pending, result))
 
     def _why_not_larger(self, oldest: PendingRequest) -> str:
         """Return why a batch that left no request waiting is not larger.
@@ -188,14 +192,20 @@ class Batcher:
             return "delay"
         return "queued" if oldest.enqueued_at < self._run_ended_at else "idle"
 
-
-def _encode(pending: PendingRequest, predictions: Arrays | ServingError) -> None:
-    if pending.result.cancelled():
-        return
-    if isinstance(predictions, ServingError):
-        resolve(pending.result, None, predictions)
-    else:
+    def _encode(self, pending: PendingRequest, predictions: Arrays | ServingError) -> None:
+        if pending.result.cancelled():
+            return
+        if isinstance(predictions, ServingError):
+            resolve(pending.result, None, predictions)
+            return
         started_at = time.perf_counter()
-        value, error = pending.context.run(capture, partial(pending.postprocess, pending.preprocessed, predictions))
+        postprocess = partial(pending.postprocess, pending.preprocessed, predictions)
+        value, error = pending.context.run(capture, postprocess)
         pending.timings.stages["encode"] = time.perf_counter() - started_at
+        self._observe_if_abandoned(pending, "encode", "postprocess")
         resolve(pending.result, value, error)
+
+    def _observe_if_abandoned(self, pending: PendingRequest, stage: str, handler: str) -> None:
+        """Observe work that outlived its request: the request was observed without it when it ended."""
+        if pending.result.cancelled():
+            self._metrics.observe_abandoned(self._model_name, stage, handler, pending.timings)

@@ -6,11 +6,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pinnace.errors import InvalidInput, TooLarge
-from pinnace.inference.admission import Permit
+from pinnace.errors import InvalidInput
+from pinnace.inference.admission import Permit, check_max_rows
 from pinnace.inference.codec import Codec, EncodedRequest, EncodedResponse
 from pinnace.observability.timings import RequestTimings
 from pinnace.predictor import Request, Response
+from pinnace.settings import Settings
 from pinnace.tensors import TensorSpec
 
 
@@ -31,21 +32,20 @@ class InferenceCall:
     response: Response | None = None
     """The predictor's response; None until it is there."""
 
-    def decode(self, inputs: Sequence[TensorSpec], max_rows: int) -> Request:
+    def decode(self, inputs: Sequence[TensorSpec], settings: Settings) -> Request:
         """Decode the request, and count its rows for a model with these inputs.
 
         Raises:
             InvalidInput: The body is not a request, or the request has no rows.
-            TooLarge: The request has more rows than `max_rows` (the setting max_instances).
+            TooLarge: The request has more rows than the setting max_instances.
         """
         request = self.codec.decode(self.encoded)
         num_rows = request.count_rows(inputs)
         if not num_rows:
             raise InvalidInput("the request has no instances")
-        if num_rows > max_rows:
-            raise TooLarge(f"{num_rows} instances exceed max_instances ({max_rows})")
+        check_max_rows(num_rows, settings)
         self.permit.num_rows = num_rows
-        self.request = replace(request, id=request.id or str(uuid.uuid4()), started_at=self.timings.started_at)
+        self.request = replace(request, id=request.id or str(uuid.uuid4()))
         return self.request
 
     def encode(self, response: Response, request: Request) -> EncodedResponse:

@@ -8,26 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from pinnace.predictor import Request, Response
 
-
-class IncomingRequest(Protocol):
-    """An inference request that a transport has begun to receive."""
-
-    headers: Mapping[str, str]
-    """The HTTP headers or the gRPC metadata; names are in lower case."""
-
-    @property
-    def model_name(self) -> str:
-        """Return the name of the model that the request is for. Raises InvalidInput if it names none."""
-
-    async def read(self) -> bytes:
-        """Return the body. Raises ServingError if its type is unsupported, or a limit is exceeded."""
-
-    def while_answering(self) -> AbstractAsyncContextManager[None]:
-        """Return what to hold while the request is answered, once its body is read. Entering may raise ServingError."""
+R_co = TypeVar("R_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +31,26 @@ class EncodedResponse:
 
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class IncomingRequest(Protocol[R_co]):
+    """An inference request that a transport has begun to receive, and the response of type R that it will send."""
+
+    headers: Mapping[str, str]
+    """The HTTP headers or the gRPC metadata; names are in lower case."""
+
+    @property
+    def model_name(self) -> str:
+        """Return the name of the model that the request is for. Raises InvalidInput if it names none."""
+
+    async def read(self) -> bytes:
+        """Return the body. Raises ServingError if its type is unsupported, or a limit is exceeded."""
+
+    def while_answering(self) -> AbstractAsyncContextManager[None]:
+        """Return what to hold while the request is answered, once its body is read. Entering may raise ServingError."""
+
+    def make_response(self, encoded: EncodedResponse) -> R_co:
+        """Return the transport's response."""
 
 
 class Codec(Protocol):

@@ -7,6 +7,7 @@ limits and the deadline, and hands the call to its model.
 from __future__ import annotations
 
 import asyncio
+from typing import TypeVar
 
 from pinnace.errors import DeadlineExceeded, ServingError
 from pinnace.inference.admission import Admission, ByteBudget
@@ -17,6 +18,8 @@ from pinnace.inference.repository import Repository
 from pinnace.observability.metrics import Metrics
 from pinnace.observability.timings import RequestTimings
 from pinnace.settings import Settings
+
+R = TypeVar("R")
 
 
 class DataPlane:
@@ -66,12 +69,10 @@ class DataPlane:
         return encoded
 
 
-async def run_inference(
-    dataplane: DataPlane, codec: Codec, incoming: IncomingRequest, timings: RequestTimings
-) -> EncodedResponse:
+async def run_inference(dataplane: DataPlane, codec: Codec, incoming: IncomingRequest[R], timings: RequestTimings) -> R:
     """Read one inference request, answer it and count it: the one path of V1, V2 and gRPC.
 
-    A request that would be refused now is refused before its body is read.
+    A request that would be refused now is refused before its body is read. Returns the transport's response.
 
     Raises:
         ServingError: The error for the client.
@@ -84,9 +85,9 @@ async def run_inference(
         received_bytes = len(body)
         call = InferenceCall(codec, EncodedRequest(model.name, body, incoming.headers), timings)
         async with incoming.while_answering():
-            response = await dataplane.infer(model, call)
-        sent_bytes = len(response.body)
-        outcome = "answered"
+            encoded = await dataplane.infer(model, call)
+        response = incoming.make_response(encoded)
+        outcome, sent_bytes = "answered", len(encoded.body)
         return response
     except ServingError as error:
         outcome = error.outcome

@@ -112,7 +112,7 @@ class LocalModel(Model):
         predictor = self._predictor
         if predictor is None:  # unloaded while the request waited
             raise ModelNotReady(self.name)
-        request = call.decode(predictor.inputs, self._settings.max_instances)
+        request = call.decode(predictor.inputs, self._settings)
         if predictor.outputs:
             _check_outputs(request, {spec.name for spec in predictor.outputs})
         returned = call.timings.time_handler("preprocess", predictor.preprocess, request)

@@ -44,12 +44,12 @@ class Repository:
         """Return the names of the models."""
         return list(self._models)
 
-    def is_ready(self, name: str = "") -> bool:
+    def is_ready(self, name: str | None = None) -> bool:
         """Return whether probes should see the model as ready; without a name, whether any model is.
 
         During a drain the answer is no, although requests are still answered. Raises ModelNotFound.
         """
-        models = [self.get(name)] if name else self
+        models = self if name is None else [self.get(name)]
         return not self.is_draining and any(model.is_ready for model in models)
 
     def get(self, name: str) -> Model:

@@ -118,7 +118,10 @@ class Scheduler:
         with self.lock:
             enqueue()
             self.wake_worker()
-        return await result
+        try:
+            return await result
+        finally:
+            del result, enqueue  # an error that is raised would otherwise refer to itself, and to the request's body
 
     def wake_worker(self) -> None:
         """Wake one idle worker if none is due to check the queues in time. Call with the lock held after queueing work.
@@ -198,7 +201,10 @@ def capture(work: Callable[[], T]) -> tuple[T | None, ServingError | None]:
     try:
         return work(), None
     except BaseException as error:
-        return None, to_client_error(error)
+        client_error = to_client_error(error)
+    # Its frames would keep the request's body in memory until a garbage collection.
+    client_error.__context__ = client_error.__cause__ = None
+    return None, client_error.with_traceback(None)
 
 
 def resolve(result: asyncio.Future[Any], value: object, error: Exception | None) -> None:

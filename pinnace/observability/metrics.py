@@ -28,7 +28,7 @@ STAGES = (
     "Seconds per stage of an inference request: read its body, wait for a decoder (decode_queue), decode, wait for the "
     "model (queue), infer, encode"
 )
-RECORDED = ("count_batch", "observe_batch_rows", "count_dropped")
+RECORDED = ("count_batch", "observe_batch_rows", "count_dropped", "observe_abandoned")
 MULTIPROCESS_ENV = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own; the supervisor sets it for its workers
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -81,10 +81,16 @@ class Metrics:
         self._requests.labels(protocol, outcome).inc()
         self._received.labels(protocol).inc(received_bytes)
         self._sent.labels(protocol).inc(sent_bytes)
-        for stage, seconds in list(timings.stages.items()):  # a copy: a cancelled request's worker may still add to it
+        for stage, seconds in timings.stages.copy().items():  # a cancelled request's worker may still add to it
             self._stages.labels(stage).observe(seconds)
-        for handler, seconds in list(timings.handlers.items()):
+        for handler, seconds in timings.handlers.copy().items():
             self._handlers[handler].labels(timings.model_name).observe(seconds)
+
+    def observe_abandoned(self, model_name: str, stage: str, handler: str, timings: RequestTimings) -> None:
+        """Observe a stage, and the handler in it, that went on after its request had been observed."""
+        self._stages.labels(stage).observe(timings.stages[stage])
+        if handler in timings.handlers:
+            self._handlers[handler].labels(model_name).observe(timings.handlers[handler])
 
     def count_batch(self, model_name: str, reason: str) -> None:
         """Count one batch, by the reason why it was closed."""

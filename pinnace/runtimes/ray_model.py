@@ -73,7 +73,7 @@ class RayModel(Model):
                 f"--ray_actor_options or --autoscaling_config is invalid: {one_line(error)}"
             ) from error
         self._scheduler, self._metrics = context.scheduler, context.metrics
-        self._max_instances = settings.max_instances
+        self._settings = settings
         self._scales_to_zero = json.loads(settings.autoscaling_config).get("min_replicas") == 0
         self._handle: Any = None
         self._ready = self._deployed = False
@@ -123,7 +123,7 @@ class RayModel(Model):
     def _decode(self, call: InferenceCall) -> Request:
         if not self._ready:  # unloaded or lost while the body was read
             raise ModelNotReady(self.name)
-        return call.decode(self._metadata.inputs, self._max_instances)
+        return call.decode(self._metadata.inputs, self._settings)
 
     async def wait_until_ready_changes(self) -> None:
         """Return when the model becomes ready or stops being ready. Raises RayHeadLost."""
@@ -150,8 +150,10 @@ class RayModel(Model):
 
     async def _call_replica(self, request: Request, timings: RequestTimings) -> ReplicaResult:
         """Run the request in a replica, and once more in another one if the first is lost. Raises ReplicaLost."""
+        request = replace(request, response_format=None)  # only this server needs it, and it may hold a whole event
         for left in reversed(range(MAX_ATTEMPTS)):
-            response = self._handle.infer.remote(request, timings.age_seconds, timings.request_id)
+            age_seconds = time.perf_counter() - request.started_at
+            response = self._handle.infer.remote(request, age_seconds, timings.request_id)
             try:
                 result: ReplicaResult = await response
             except asyncio.CancelledError:

@@ -6,7 +6,8 @@ What a replica measures returns with its responses, because Prometheus scrapes t
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,11 +71,12 @@ class Replica:
 
         Args:
             request: The decoded request.
-            age_seconds: The time since the server received the request. The time of receipt itself would be wrong
-                here, because the clocks of nodes differ.
+            age_seconds: The time since the server decoded the request. The time itself would be wrong here, because the
+                clocks of nodes differ.
             request_id: The client's request id, for the log.
         """
-        timings = start_timings(request_id, age_seconds)
+        timings = start_timings(request_id)
+        request = replace(request, started_at=time.perf_counter() - age_seconds)
         call = InferenceCall(DecodedRequest(request), EncodedRequest(request.model_name, b""), timings)
         answer: Response | ServingError | None
         try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,6 +177,46 @@ async def test_a_cancelled_request_is_not_run_and_is_counted_as_dropped() -> Non
         assert bench.predictor.runs == [[0], [2]]
         assert sample(bench.metrics, "pinnace_dropped_requests_total", model_name=MODEL) == 1
         assert sample(bench.metrics, "pinnace_requests_queued_or_running") == 0
+
+
+async def test_a_run_that_outlives_its_request_is_observed() -> None:
+    timings = RequestTimings()
+    async with running() as bench:
+        bench.predictor.gate.clear()
+        leaving = asyncio.create_task(bench.submit(1, timings=timings))
+        assert await asyncio.to_thread(bench.predictor.has_started.wait, TIMEOUT_SECONDS)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        bench.metrics.observe_request("v1", "cancelled", timings, 0, 0)
+        assert sample(bench.metrics, "pinnace_stage_seconds_count", stage="infer") == 0
+        bench.predictor.gate.set()
+        assert await bench.submit(2) == [2]
+
+    assert sample(bench.metrics, "pinnace_stage_seconds_count", stage="infer") == 1
+    assert sample(bench.metrics, "request_predict_seconds_count", model_name=MODEL) == 1
+
+
+async def test_an_error_keeps_nothing_of_its_request_in_memory() -> None:
+    class Body:
+        """An object to which a weak reference can be made."""
+
+    def refuse(_: Body) -> PreprocessedRequest:
+        raise InvalidInput("damaged")
+
+    async def submit(bench: Bench) -> weakref.ref[Body]:
+        body = Body()
+        with pytest.raises(InvalidInput):
+            await bench.batcher.submit(partial(refuse, body), lambda *_: None, RequestTimings())
+        return weakref.ref(body)
+
+    gc.disable()
+    try:
+        async with running() as bench:
+            body = await submit(bench)
+            await bench.submit(1)  # the worker has gone on to another request
+            assert body() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_cancelled_request_in_the_backlog_is_never_decoded() -> None:

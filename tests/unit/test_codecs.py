@@ -63,6 +63,11 @@ def test_v1_base64_is_decoded_and_a_wrong_one_is_named() -> None:
         V1.decode(v1({"instances": [{"b64": encoded}, {"b64": "!"}]}))
 
 
+def test_v1_refuses_too_many_instances_before_it_decodes_them() -> None:
+    with pytest.raises(TooLarge, match=r"3 instances exceed max_instances \(2\)"):
+        V1Codec(Settings(max_instances=2)).decode(v1({"instances": [{"b64": "!"}, [1], [1, 2]]}))
+
+
 @pytest.mark.parametrize("body", [b"\xff\xd8\xff", b""])
 def test_a_v1_image_body_is_one_instance_as_it_is(body: bytes) -> None:
     request = V1.decode(EncodedRequest("m", body, {"content-type": "image/jpeg"}))
@@ -84,6 +89,7 @@ def test_a_v1_request_in_a_cloudevent_is_answered_in_one() -> None:
     event = {"specversion": "1.0", "id": "1", "source": "here", "type": "there", "data": {"instances": [1]}}
     request = V1.decode(v1(event, **{"content-type": "application/cloudevents+json"}))
 
+    assert "data" not in request.response_format.envelope.attributes
     response = V1.encode(Response([LOGITS], model_name="m"), request)
 
     content = json.loads(response.body)
@@ -203,20 +209,19 @@ def call(rows: int) -> InferenceCall:
 
 def test_a_call_counts_the_rows_of_its_request_for_its_permit() -> None:
     decoded = call(3)
-    request = decoded.decode(SPECS, max_rows=3)
+    request = decoded.decode(SPECS, Settings(max_instances=3))
 
     assert decoded.permit.num_rows == 3
     assert decoded.request is request
-    assert request.started_at == decoded.timings.started_at
     assert len(request.id) == 36  # a UUID, since the client sent no id
 
 
 def test_a_call_with_more_rows_than_allowed_is_refused() -> None:
     with pytest.raises(TooLarge, match=r"4 instances exceed max_instances \(3\)"):
-        call(4).decode(SPECS, max_rows=3)
+        call(4).decode(SPECS, Settings(max_instances=3))
 
 
 def test_a_call_without_rows_is_refused() -> None:
     empty = v2({"inputs": [{"name": "x", "datatype": "INT64", "shape": [0], "data": []}]})
     with pytest.raises(InvalidInput, match="the request has no instances"):
-        InferenceCall(V2, empty, RequestTimings()).decode(SPECS, max_rows=3)
+        InferenceCall(V2, empty, RequestTimings()).decode(SPECS, Settings(max_instances=3))
