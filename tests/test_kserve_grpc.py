@@ -223,6 +223,12 @@ ERRORS = [
     make_infer_row("unknown model: infer", lambda g: g.ModelInferRequest(model_name="nope"), ("NOT_FOUND", NO_MODEL)),
     Row("unknown model: ready", "ModelReady", lambda g: g.ModelReadyRequest(name="nope"), ("NOT_FOUND", NO_MODEL)),
     Row(
+        "no model name: ready",
+        "ModelReady",
+        lambda g: g.ModelReadyRequest(),
+        ("NOT_FOUND", "Model with name  does not exist."),
+    ),
+    Row(
         "unknown model: metadata",
         "ModelMetadata",
         lambda g: g.ModelMetadataRequest(name="nope"),
