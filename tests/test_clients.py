@@ -226,8 +226,8 @@ def test_a_closed_standard_output_ends_the_client_silently(server: Server, tmp_p
         assert (process.stderr.read(), process.wait(timeout=60)) == ("", 1)
 
 
-def test_an_interrupt_ends_the_client_without_waiting(tmp_path: Path, gate: Callable[[str], Path]) -> None:
-    held = gate("held")
+def test_an_interrupt_ends_the_client_without_waiting(tmp_path: Path, make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
     request = {"instances": [{"image": {"b64": base64.b64encode(b"held").decode()}}] * 50}
     (tmp_path / "input.json").write_text(json.dumps(request))
     with run_gated_server(tmp_path, "--max_asyncio_workers=1") as server:

@@ -16,6 +16,6 @@ def test_the_latest_entry_of_the_changelog_is_of_this_version() -> None:
 
 def test_kserves_resources_name_the_image_of_this_version() -> None:
     texts = [file.read_text() for file in (PROJECT / "deploy").rglob("*.yaml")]
-    versions = {version for text in texts for version in re.findall(r"image: model-server:([\d.]+)", text)}
+    versions = {version for text in texts for version in re.findall(r"image: pinnace:([\d.]+)", text)}
 
     assert versions == {__version__}
