@@ -14,6 +14,8 @@ MINUTES ?= 30
 OVERLOAD_SECONDS ?= 60
 # Of make test-pythons: interpreters, as names on the PATH or as files.
 PYTHONS ?= python3.12 python3.13
+# Of make test-pythons: the tests to run; all by default.
+TESTS ?=
 
 VENV := .venv
 # Of make test-pythons: the model that the tests use where torch is not installed.
@@ -65,7 +67,7 @@ test-pythons: $(TEST_MODEL)/model.onnx
 	done
 
 test-python: $(VENV)/.test
-	TEST_MODEL_DIR=$(TEST_MODEL) $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	TEST_MODEL_DIR=$(TEST_MODEL) $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 $(TEST_MODEL)/model.onnx: $(VENV)/.export $(wildcard model_export/*.py)
 	$(VENV)/bin/python -m model_export --weights seeded:0 --output $(TEST_MODEL)
