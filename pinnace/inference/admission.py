@@ -40,7 +40,7 @@ class Admission:
         return len(self._permits)
 
     def check(self) -> None:
-        """Raise Overloaded if no permit can be had now."""
+        """Raise Overloaded if no permit is available now."""
         if self.in_flight >= self._settings.max_concurrent_requests:
             raise Overloaded("requests (max_concurrent_requests)", self._retry_after_seconds())
         if sum(permit.num_rows for permit in self._permits) >= self._settings.max_queue_rows:

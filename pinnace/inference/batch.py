@@ -48,7 +48,7 @@ class PendingRequest:
     enqueued_at: float = field(default_factory=time.perf_counter)
     """When it joined the queue that it is in: first the backlog, then the queue of decoded requests."""
     preprocessed: PreprocessedRequest = field(init=False)
-    """What `preprocess` returned; unset before."""
+    """The result of `preprocess`; unset before it."""
     is_decoded: bool = False
 
 
