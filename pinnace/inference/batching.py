@@ -65,8 +65,7 @@ class Batcher:
     ) -> T:
         """Run one request through `preprocess`, the model and `postprocess`, and return the result of `postprocess`.
 
-        The steps run on worker threads.
-        If cancelled, steps that have not started are skipped.
+        The steps run on worker threads. If cancelled, steps that have not started are skipped.
 
         Raises:
             ServingError: What a step raised; for an exception that is no ServingError, InternalError.

@@ -88,7 +88,8 @@ class Metrics:
 
     def observe_abandoned(self, model_name: str, stage: str, handler: str, timings: RequestTimings) -> None:
         """Observe a stage, and the handler in it, that went on after its request had been observed."""
-        self._stages.labels(stage).observe(timings.stages[stage])
+        if stage in timings.stages:
+            self._stages.labels(stage).observe(timings.stages[stage])
         if handler in timings.handlers:
             self._handlers[handler].labels(model_name).observe(timings.handlers[handler])
 
