@@ -139,7 +139,7 @@ class GrpcServer:
                 "headers": [(name.encode(), value.encode()) for name, value in metadata.items()],
             }
             log_request(
-                self._settings.access_log_format, scope, record.status.name, record.sent_bytes, (), timings.age_seconds
+                self._settings.access_log_format, scope, record.status.name, record.sent_bytes, (), timings.started_at
             )
 
 

@@ -27,16 +27,11 @@ class HttpIncomingRequest:
     """The IncomingRequest of an HTTP request, whose body is not read yet."""
 
     def __init__(self, request: HttpRequest, codec: HttpCodec, timings: RequestTimings) -> None:
+        self.model_name: str = request.path_params["model"]
         self.headers: Mapping[str, str] = dict(request.headers)
         self._request = request
         self._codec = codec
         self._timings = timings
-
-    @property
-    def model_name(self) -> str:
-        """Return the name in the path."""
-        name: str = self._request.path_params["model"]
-        return name
 
     async def read(self) -> bytes:
         """Return the body, after a look at its type. Raises UnsupportedMediaType, and what `read_body` raises."""

@@ -47,40 +47,31 @@ class LocalModel(Model):
         self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, context: ModelContext
     ) -> None:
         """Create the model `settings.model_name`, not loaded yet."""
-        super().__init__(settings.model_name)
+        super().__init__(settings.model_name, ModelMetadata.of(predictor_class))
         self._class = predictor_class
         self._settings = settings
         self._model_dir = model_dir
         self._predictor: Predictor | None = None
-        self._metadata = ModelMetadata.of(predictor_class)
         self._load_lock = threading.Lock()
         self._batcher = Batcher(
             self.name, context.scheduler, context.metrics, settings.max_batch_size, settings.max_batch_delay_ms
         )
-
-    @property
-    def is_ready(self) -> bool:
-        """Return whether the predictor is loaded."""
-        return self._predictor is not None
-
-    @property
-    def metadata(self) -> ModelMetadata:
-        """Return the metadata of the loaded predictor; while none is loaded, that of its class."""
-        return self._metadata
 
     def load(self) -> None:
         """Create and load a predictor, unless there is one. Raises StartupError."""
         with self._load_lock:
             if self._predictor is None:
                 predictor = self._load()
-                self._metadata = ModelMetadata.of(predictor)
+                self.metadata = ModelMetadata.of(predictor)
                 self._predictor = predictor
+                self.is_ready = True
 
     def unload(self) -> None:
         """Forget the predictor: its memory is freed when the last request that uses it is answered."""
         with self._load_lock:
+            self.is_ready = False
             self._predictor = None
-            self._metadata = ModelMetadata.of(self._class)
+            self.metadata = ModelMetadata.of(self._class)
 
     def infer(self, call: InferenceCall) -> Coroutine[Any, Any, EncodedResponse]:
         """Answer one request on worker threads, in a batch with others. Raises ServingError."""

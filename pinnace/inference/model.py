@@ -13,18 +13,12 @@ from pinnace.predictor import ModelMetadata
 class Model(ABC):
     """A model that is served under a name. It is loaded and unloaded from a thread, and called from the event loop."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, metadata: ModelMetadata) -> None:
         self.name = name
-
-    @property
-    @abstractmethod
-    def is_ready(self) -> bool:
-        """Return whether a request would be answered now."""
-
-    @property
-    @abstractmethod
-    def metadata(self) -> ModelMetadata:
-        """Return what clients may know about the model."""
+        self.metadata = metadata
+        """The facts about the model that clients may know; while it is not loaded, those of its predictor's class."""
+        self.is_ready = False
+        """Whether a request would be answered now."""
 
     @property
     def state(self) -> str:

@@ -53,7 +53,7 @@ class AccessLogMiddleware:
         try:
             await self._app(scope, receive, send_and_record)
         finally:
-            log_request(self._format, scope, status, sent_bytes, response_headers, timings.age_seconds)
+            log_request(self._format, scope, status, sent_bytes, response_headers, timings.started_at)
 
 
 def log_request(
@@ -62,17 +62,19 @@ def log_request(
     status: int | str,
     sent_bytes: int,
     response_headers: Iterable[tuple[bytes, bytes]],
-    seconds: float,
+    started_at: float,
 ) -> None:
     """Log one request in the given format; if it is empty, in uvicorn's. A line never contains any of a body.
 
-    `scope` is an ASGI scope, or what a gRPC call has of it; the status of a gRPC call is its name.
+    `scope` is an ASGI scope, or what a gRPC call has of it; the status of a gRPC call is its name. `started_at` is a
+    time of time.perf_counter.
     """
     if not access_log_format:
         uvicorn_logger.info(
             '%s - "%s %s HTTP/%s" %s', _address(scope), scope["method"], _target(scope), scope["http_version"], status
         )
         return
+    seconds = time.perf_counter() - started_at
     formatted_logger.info(access_log_format, Atoms(scope, status, sent_bytes, response_headers, seconds))
 
 

@@ -26,21 +26,16 @@ class RequestTimings:
 
     __slots__ = ("handlers", "model_name", "request_id", "stages", "started_at")
 
-    def __init__(self, request_id: str = "", age_seconds: float = 0.0) -> None:
-        """Start the clock, `age_seconds` ago. `request_id` is the client's x-request-id, empty if it sent none."""
+    def __init__(self, request_id: str = "") -> None:
+        """Start the clock. `request_id` is the client's x-request-id, empty if it sent none."""
         self.request_id = request_id
-        self.started_at = time.perf_counter() - age_seconds
+        self.started_at = time.perf_counter()
         self.model_name = ""
         """The model that the request is for, once it is known to exist."""
         self.stages: dict[str, float] = {}
         """Seconds by stage: read, decode_queue, decode, queue, infer, encode."""
         self.handlers: dict[str, float] = {}
         """Seconds by handler of the predictor: preprocess, predict, postprocess."""
-
-    @property
-    def age_seconds(self) -> float:
-        """Return the seconds since the request began."""
-        return time.perf_counter() - self.started_at
 
     def time_handler(self, handler: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a handler of the predictor and record how long it takes, also if it raises."""
@@ -66,7 +61,7 @@ class RequestTimings:
         `other` is the time since the body was read that no handler accounts for: waiting, JSON, base64.
         """
         entries = {name: self.handlers[name] for name in HANDLERS if name in self.handlers}
-        entries["other"] = self.age_seconds - self.stages.get("read", 0.0) - sum(entries.values())
+        entries["other"] = time.perf_counter() - self.started_at - self.stages.get("read", 0.0) - sum(entries.values())
         return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in entries.items())
 
     def log_handlers(self) -> None:
@@ -78,9 +73,9 @@ class RequestTimings:
 _current: ContextVar[RequestTimings | None] = ContextVar("request_timings", default=None)
 
 
-def start_timings(request_id: str, age_seconds: float = 0.0) -> RequestTimings:
+def start_timings(request_id: str) -> RequestTimings:
     """Start the timings of a request and make them the current ones of this task and of the jobs it submits."""
-    timings = RequestTimings(request_id, age_seconds)
+    timings = RequestTimings(request_id)
     _current.set(timings)
     return timings
 

@@ -65,7 +65,7 @@ class RayModel(Model):
         self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None, context: ModelContext
     ) -> None:
         """Define the deployment. Raises ConfigurationError if Ray rejects its options."""
-        super().__init__(settings.model_name)
+        super().__init__(settings.model_name, ModelMetadata.of(predictor_class))
         try:
             self._application = _application(predictor_class, settings, model_dir and model_dir.resolve())
         except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
@@ -76,22 +76,11 @@ class RayModel(Model):
         self._settings = settings
         self._scales_to_zero = json.loads(settings.autoscaling_config).get("min_replicas") == 0
         self._handle: Any = None
-        self._ready = self._deployed = False
-        self._metadata = ModelMetadata.of(predictor_class)
-
-    @property
-    def is_ready(self) -> bool:
-        """Return whether the model can answer requests."""
-        return self._ready
-
-    @property
-    def metadata(self) -> ModelMetadata:
-        """Return the metadata of the model; before it is loaded, that of its class."""
-        return self._metadata
+        self._deployed = False
 
     def load(self) -> None:
         """Deploy the model and wait until a replica runs. Raises RayUnavailable."""
-        if self._ready:
+        if self.is_ready:
             return
         _connect_ray()
         try:
@@ -99,14 +88,14 @@ class RayModel(Model):
             target = serve.RunTarget(self._application, name=self.name, route_prefix=None)
             (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
             self._await_running()
-            self._metadata = self._handle.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_SECONDS)
+            self.metadata = self._handle.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_SECONDS)
         except (RayError, RayServeException, TimeoutError) as error:
             raise RayUnavailable(f"Ray Serve cannot run {self.name}: {one_line(error)}") from error
-        self._ready = self._deployed = True
+        self.is_ready = self._deployed = True
 
     def unload(self) -> None:
         """Delete the deployment."""
-        self._ready = self._deployed = False
+        self.is_ready = self._deployed = False
         serve.delete(self.name)
 
     async def infer(self, call: InferenceCall) -> EncodedResponse:
@@ -121,9 +110,9 @@ class RayModel(Model):
         return await self._scheduler.submit_encode(partial(call.encode, result.answer, request))
 
     def _decode(self, call: InferenceCall) -> Request:
-        if not self._ready:  # unloaded or lost while the body was read
+        if not self.is_ready:  # unloaded or lost while the body was read
             raise ModelNotReady(self.name)
-        return call.decode(self._metadata.inputs, self._settings)
+        return call.decode(self.metadata.inputs, self._settings)
 
     async def wait_until_ready_changes(self) -> None:
         """Return when the model becomes ready or stops being ready. Raises RayHeadLost."""
@@ -132,15 +121,15 @@ class RayModel(Model):
             try:
                 await _check_head()
             except RayHeadLost:
-                self._ready = self._deployed = False
+                self.is_ready = self._deployed = False
                 raise
             try:
                 running = self._deployed and await asyncio.to_thread(self._is_running)
             except (RayError, RayServeException):  # Ray is restarting its controller
                 running = False
             running = running and self._deployed  # it may have been unloaded meanwhile
-            if running != self._ready:
-                self._ready = running
+            if running != self.is_ready:
+                self.is_ready = running
                 return
 
     def close(self) -> None:

@@ -204,7 +204,7 @@ SPECS = [TensorSpec("x", "INT64", (-1,))]
 
 
 def call(rows: int) -> InferenceCall:
-    return InferenceCall(V1, v1({"instances": [1] * rows}), RequestTimings(age_seconds=5.0))
+    return InferenceCall(V1, v1({"instances": [1] * rows}), RequestTimings())
 
 
 def test_a_call_counts_the_rows_of_its_request_for_its_permit() -> None:

@@ -33,7 +33,8 @@ def test_a_handler_that_raises_is_timed_too() -> None:
 
 
 def test_server_timing_has_the_handlers_in_order_and_the_rest_without_the_reading_of_the_body() -> None:
-    timings = RequestTimings(age_seconds=10.0)
+    timings = RequestTimings()
+    timings.started_at -= 10.0
     timings.stages["read"] = 6.0
     timings.handlers |= {"predict": 2.0, "preprocess": 1.0}
 
