@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 MODEL_DIR_VARIABLE = "TEST_MODEL_DIR"  # a model that `--weights seeded:0` exported, for a Python without torch
 TORCH_REASON = "compares with torch, which is not installed here"
 SLOW = {"slow": ("`make test-all` runs it", 900), "ray": ("needs Ray: `make test-ray` runs it", 300)}
+
+
+def pytest_configure() -> None:
+    """Stop ignoring SIGINT: a shell has its background commands ignore it, and what the tests start would too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
