@@ -62,12 +62,12 @@ class ModelNotFound(ServingError, http_status=404, grpc_status="NOT_FOUND", outc
 class TooLarge(ServingError, http_status=413, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
     """The request, or a gRPC response, exceeds a limit on bytes, JSON values, pixels or instances; the text says which.
 
-    Raised by http, inference.call, models.image and predictors.
+    Raised by http, inference.admission, models.image and predictors.
     """
 
 
 class RequestTimeout(ServingError, http_status=408, grpc_status="DEADLINE_EXCEEDED", outcome="invalid"):
-    """The client did not send the whole request in time. Raised by http.limits, http.grpc_bridge and grpc.server."""
+    """The client did not send the whole request in time. Raised by http.limits, http.grpc_bridge and grpc.service."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"the request was not received within read_timeout_seconds ({seconds})")
@@ -109,7 +109,10 @@ class NotSupported(ServingError, http_status=501, grpc_status="UNIMPLEMENTED", o
 
 
 class ModelNotReady(ServingError, http_status=503, grpc_status="UNAVAILABLE", outcome="rejected", retry=True):
-    """The model exists but is not loaded, or the server is stopping. Raised by models and inference.repository."""
+    """The model exists but is not loaded, or the server is stopping.
+
+    Raised by http.repository, inference.repository, inference.local_model and runtimes.ray_model.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Model with name {name} is not ready.")
@@ -203,8 +206,18 @@ class PredictorError(StartupError, exit_code=7):
     """
 
 
-class PackageMissing(StartupError, exit_code=12):
-    """A package that an extra brings is not installed."""
+class ShutdownTimeout(StartupError, exit_code=8):
+    """The grace period ended, or a second signal came, before all requests in flight were answered.
+
+    Raised by process.server.
+    """
+
+
+class DownloadError(StartupError, exit_code=9):
+    """The model cannot be downloaded from --storage_uri, or does not match its checksums.
+
+    Raised by models.storage.
+    """
 
 
 class RayUnavailable(StartupError, exit_code=10):
@@ -221,15 +234,8 @@ class RayHeadLost(StartupError, exit_code=11):
     """
 
 
-class ShutdownTimeout(StartupError, exit_code=8):
-    """The grace period ended, or a second signal came, before all requests in flight were answered.
+class PackageMissing(StartupError, exit_code=12):
+    """A package that the extra cpu, gpu, export or storage brings is not installed.
 
-    Raised by process.server.
-    """
-
-
-class DownloadError(StartupError, exit_code=9):
-    """The model cannot be downloaded from --storage_uri, or does not match its checksums.
-
-    Raised by models.storage.
+    Raised by runtimes.onnx, models.storage and process.cli.
     """

@@ -190,8 +190,7 @@ class Predictor(ABC):
         """Load the model. Called once per instance, on one thread, before any other handler.
 
         Raises:
-            StartupError: The start ends with this one line and its exit code. Any other exception ends it too, with
-            exit
+            StartupError: The start ends with this one line and its exit code. After any other exception it ends with
                 code 7 and the exception's text. If several models are served, the others go on.
         """
 

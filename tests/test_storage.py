@@ -19,7 +19,7 @@ import onnx
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pinnace.errors import ConfigurationError, DownloadError
+from pinnace.errors import DownloadError, PackageMissing
 from pinnace.models import storage
 from pinnace.models.storage import CHECKSUMS, fetch, redact_uri
 from tests.support.clients import make_v1_request
@@ -299,7 +299,7 @@ def write_single_file(model_dir: Path, file: Path) -> Path:
 def test_the_error_of_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(storage, "LIBRARY", "a_library_that_is_not_installed")
 
-    with pytest.raises(ConfigurationError, match=r"pip install 'pinnace\[storage\]'"):
+    with pytest.raises(PackageMissing, match=r"pip install 'pinnace\[storage\]'"):
         fetch(URI, tmp_path)
 
 

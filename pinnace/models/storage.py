@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from pinnace.errors import ConfigurationError, DownloadError, ModelFileNotFound, one_line
+from pinnace.errors import DownloadError, ModelFileNotFound, PackageMissing, one_line
 from pinnace.runtimes.directory_lock import exclusive_staging_directory
 from pinnace.settings import Settings
 
@@ -45,14 +45,14 @@ def fetch(uri: str, cache_dir: Path | None) -> Path:
     """Return the model's directory or file: a local path as it is, anything else downloaded into `cache_dir`.
 
     An earlier download is used again if the source's SHA256SUMS has not changed. An incomplete download is never left
-    where a model is looked for. Raises ModelFileNotFound, ConfigurationError and DownloadError.
+    where a model is looked for. Raises ModelFileNotFound, PackageMissing and DownloadError.
     """
     if "://" not in uri or uri.startswith("file://"):
         return _check_exists(Path(uri.removeprefix("file://")), uri)
     if uri.startswith("pvc://"):
         return _check_exists(MOUNTED, f"{uri}, which Kubernetes mounts at {MOUNTED},")
     if importlib.util.find_spec(LIBRARY) is None:
-        raise ConfigurationError(
+        raise PackageMissing(
             f"--storage_uri={redact_uri(uri)} needs kserve-storage: "
             "`pip install 'pinnace[storage]'`, in a clone `pip install -r requirements-storage.txt`"
         )
