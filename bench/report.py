@@ -29,7 +29,7 @@ class Point:
 
     @property
     def row_name(self) -> str:
-        """The name of the row in the table of medians."""
+        """Return the name of the row in the table of medians."""
         return f"{self.name}, reference server" if self.is_reference else self.name
 
     def __str__(self) -> str:

@@ -32,7 +32,7 @@ class ServerProcess:
 
     @property
     def process_ids(self) -> list[int]:
-        """The ids of the process and all its descendants, such as workers."""
+        """Return the ids of the process and of all its descendants, such as workers."""
         all_ids, generation = [], [self.process_id]
         while generation:
             all_ids += generation

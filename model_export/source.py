@@ -33,7 +33,7 @@ class Source:
 
     @property
     def weights_sha256(self) -> str:
-        """The SHA-256 of all parameters and buffers, with their names."""
+        """Return the SHA-256 of all parameters and buffers, with their names."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())

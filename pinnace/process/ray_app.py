@@ -26,7 +26,7 @@ atexit.register(AT_EXIT.close)
 
 
 def _http_app(settings: Settings) -> ASGIApp:
-    """In a replica, when it starts."""
+    """Load the models and return the HTTP application: in each replica, when it starts."""
     set_up_logging(settings, os.environ)
     return make_http_app(AT_EXIT.enter_context(open_dataplane(settings)), [], Authenticator(settings), settings)
 
