@@ -235,7 +235,7 @@ def test_the_server_ends_with_its_own_exit_code_after_its_requests_when_the_ray_
             server.wait_for_line(re.compile("stopping: 1 requests in flight"))
         assert answer.result().json() == {"predictions": [1]}
         assert server.wait() == 11
-    assert server.log[-1].startswith("pinnace: Ray's head at ")
+    assert server.log[-1].startswith("pinnace: the connection to Ray's head at ")
 
 
 @pytest.mark.ray
