@@ -144,7 +144,7 @@ async def test_a_worker_killed_under_load_loses_only_its_own_requests_and_is_rep
         await asyncio.wait_for(enough.wait(), 60)
         os.kill(killed, signal.SIGKILL)
         killed_at, answered_before = time.monotonic(), len(answers)
-        await asyncio.to_thread(server.wait_for_line, re.compile("ended, exit code 137"))
+        await asyncio.to_thread(server.wait_for_line, re.compile("exited with code 137"))
         await asyncio.to_thread(server.wait_for_line, READY)
         back_seconds, answered_meanwhile = time.monotonic() - killed_at, len(answers) - answered_before
         stop.set()
