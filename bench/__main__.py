@@ -25,7 +25,7 @@ from statistics import median
 
 from bench import load
 from bench.baseline import InProcessBaseline
-from bench.payloads import Payload, make_payloads
+from bench.payloads import Payload, add_request_argument, make_payloads
 from bench.report import Point, Row, compute_medians, compute_ratios, format_ratios, format_table, plot
 from bench.server_process import ServerProcess, memory_mib, run_pinnace, run_server
 from pinnace.cpus import available_cpus
@@ -183,12 +183,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", action="append", required=True, help="NAME=DIR or DIR of an exported model; repeatable"
     )
-    parser.add_argument(
-        "--request",
-        type=Path,
-        default=Path("examples/input.json"),
-        help="file with a V1 request with an image (default %(default)s)",
-    )
+    add_request_argument(parser)
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="duration of each measurement in seconds (default 5)"
     )

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from bench import load
-from bench.payloads import Payload, make_payloads
+from bench.payloads import Payload, add_request_argument, make_payloads
 from bench.server_process import ServerProcess, run_pinnace
 
 PEAK_CONNECTIONS = 16
@@ -175,12 +175,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=Path("model"), help="directory of an exported model (default model)"
     )
-    parser.add_argument(
-        "--request",
-        type=Path,
-        default=Path("examples/input.json"),
-        help="file with a V1 request with an image (default %(default)s)",
-    )
+    add_request_argument(parser)
     parser.add_argument("--seconds", type=float, default=60.0, help="duration of the overload in seconds (default 60)")
     return parser.parse_args()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import struct
@@ -23,6 +24,16 @@ class Payload:
     body: bytes
     path: str = ""
     headers: dict[str, str] = field(default_factory=dict)
+
+
+def add_request_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--request`, which names the file that the payloads are made from."""
+    parser.add_argument(
+        "--request",
+        type=Path,
+        default=Path("examples/input.json"),
+        help="file with a V1 request with an image (default %(default)s)",
+    )
 
 
 def read_image(request: Path) -> bytes:

@@ -14,7 +14,7 @@ from itertools import cycle
 from pathlib import Path
 
 from bench import load
-from bench.payloads import make_payloads
+from bench.payloads import add_request_argument, make_payloads
 from bench.server_process import ServerProcess, run_pinnace
 
 SLICE_SECONDS = 10.0
@@ -97,12 +97,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=Path("model"), help="directory of an exported model (default model)"
     )
-    parser.add_argument(
-        "--request",
-        type=Path,
-        default=Path("examples/input.json"),
-        help="file with a V1 request with an image (default %(default)s)",
-    )
+    add_request_argument(parser)
     parser.add_argument("--minutes", type=float, default=30.0, help="duration in minutes (default 30)")
     parser.add_argument(
         "--plot", type=Path, default=Path("soak.png"), help="file to draw the chart to (default soak.png)"

@@ -14,8 +14,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +23,7 @@ import pytest
 
 import pinnace
 from pinnace.version import __version__
-from tests.support.servers import PROJECT, Server
+from tests.support.servers import PROJECT, run_command
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 EXTRAS = {"cpu", "gpu", "export", "ray", "storage"}
@@ -74,24 +73,6 @@ class Installation:
             command, cwd=self.directory, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
         return done.returncode, done.stdout, done.stderr
-
-    @contextmanager
-    def serving(self, *command: str) -> Iterator[Server]:
-        with subprocess.Popen(
-            command,
-            cwd=self.directory,
-            env=clean_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stderr
-            server = Server(process, process.stderr)
-            try:
-                server.wait_until_ready()
-                yield server
-            finally:
-                server.kill()
 
 
 def clean_environment() -> dict[str, str]:
@@ -223,7 +204,7 @@ def test_a_predictor_in_the_working_directory_is_served(
     flags = ["--predictor=doubler:Doubler", "--host=127.0.0.1", f"--http_port={port}", "--grpc_port=0"]
     command = [str(installed.environment / "bin" / program), *words, *flags, f"--workers={workers}"]
 
-    with installed.serving(*command) as server:
+    with run_command(command, clean_environment(), installed.directory) as server:
         answer = server.predict('{"instances": [1.5, 2.5]}')
         refused = server.predict('{"instances": [1]}')
         healthy = installed.run(installed.python, "-m", "pinnace.process.healthcheck", str(server.process.pid))

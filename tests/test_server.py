@@ -25,10 +25,10 @@ from tests.support.pictures import CAT
 from tests.support.servers import (
     PROJECT,
     STOPPING,
-    Server,
     expect_start_failure,
     read_until,
     refuses_connections,
+    run_command,
     run_gated_server,
     run_server,
 )
@@ -388,16 +388,8 @@ def test_the_procfiles_command_serves(model_dir: Path) -> None:
         "PINNACE_HTTP_PORT": "0",
         "PINNACE_GRPC_PORT": "0",
     }
-    with subprocess.Popen(
-        ["bash", "-c", command], cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr
-        server = Server(process, process.stderr)
-        try:
-            server.wait_until_ready()
-            assert server.get("/v1/models").json() == {"models": ["custom-model"]}
-            assert server.stop() == 0
-        finally:
-            server.kill()
+    with run_command(["bash", "-c", command], environment) as server:
+        assert server.get("/v1/models").json() == {"models": ["custom-model"]}
+        assert server.stop() == 0
 
     assert name == "web"

@@ -88,7 +88,7 @@ def _models_in(path: Path | None) -> dict[str, Path]:
 
 def _predictor_classes(texts: Sequence[str], paths: Mapping[str, Path | None]) -> dict[str, type[Predictor]]:
     """Return the predictor class of each model: the NAME=… that names it, else the one without a name."""
-    classes = {name: path for name, _, path in (text.rpartition("=") for text in texts)}
+    classes = {name: class_path for name, _, class_path in (text.rpartition("=") for text in texts)}
     if unknown := classes.keys() - {"", *paths}:
         raise ConfigurationError(
             f"--predictor names {min(unknown)}, which is not a model: the models are {', '.join(paths)}"
@@ -96,14 +96,14 @@ def _predictor_classes(texts: Sequence[str], paths: Mapping[str, Path | None]) -
     return {name: _predictor_class(classes.get(name) or classes.get("") or DEFAULT_PREDICTOR) for name in paths}
 
 
-def _predictor_class(path: str) -> type[Predictor]:
-    module, _, name = path.partition(":")
+def _predictor_class(class_path: str) -> type[Predictor]:
+    module, _, name = class_path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:
         raise PredictorError(
-            f"--predictor={path} cannot be imported: {type(error).__name__}: {one_line(error)}"
+            f"--predictor={class_path} cannot be imported: {type(error).__name__}: {one_line(error)}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Predictor)):
-        raise PredictorError(f"--predictor={path} is not a subclass of pinnace.Predictor")
+        raise PredictorError(f"--predictor={class_path} is not a subclass of pinnace.Predictor")
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.servers import PROJECT, Server
+from tests.support.servers import PROJECT, Server, run_command
 
 NAMESPACES = ("unshare", "--map-root-user", "--net", "--mount")
 LOOPBACK_UP = (
@@ -61,19 +61,5 @@ def run_pod(arguments: Sequence[str], environment: Mapping[str, str], model: Pat
         f"mount --bind -o ro {shlex.quote(str(model))} /mnt/models && exec {sys.executable} app.py "
         f"{shlex.join(arguments)}"
     )
-    with subprocess.Popen(
-        [*NAMESPACES, "sh", "-c", script],
-        cwd=PROJECT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        if process.stderr is None:
-            raise RuntimeError
-        server = Server(process, process.stderr)
-        try:
-            server.wait_until_ready()
-            yield Pod(server)
-        finally:
-            server.kill()
+    with run_command([*NAMESPACES, "sh", "-c", script], environment) as server:
+        yield Pod(server)

@@ -122,8 +122,20 @@ def run_server(
 ) -> Iterator[Server]:
     """Run `app.py` with these flags, by default on loopback and free ports, and yield it when it is ready."""
     command = [sys.executable, *python_flags, "app.py", "--host=127.0.0.1", "--http_port=0", "--grpc_port=0", *flags]
+    with run_command(command, environment, stdout=stdout) as server:
+        yield server
+
+
+@contextmanager
+def run_command(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    directory: Path = PROJECT,
+    stdout: IO[str] | int = subprocess.DEVNULL,
+) -> Iterator[Server]:
+    """Run a command that starts a server, and yield the server when it is ready. Kill it at the end."""
     with subprocess.Popen(
-        command, cwd=PROJECT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
+        command, cwd=directory, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stderr
         server = Server(process, process.stderr)
