@@ -73,7 +73,7 @@ $(TEST_MODEL)/model.onnx: $(VENV)/.export $(wildcard model_export/*.py)
 	$(VENV)/bin/python -m model_export --weights seeded:0 --output $(TEST_MODEL)
 
 chaos: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m slow tests/test_drain.py tests/test_chaos.py
+	$(VENV)/bin/python -m pytest -m slow tests/test_drain.py tests/test_chaos.py tests/test_attacks.py
 
 bench: $(VENV)/.dev $(addsuffix /model.onnx,$(MODEL))
 	$(VENV)/bin/python -m bench $(addprefix --model ,$(MODEL)) --request $(REQUEST) --seconds $(SECONDS) --rounds $(ROUNDS)
