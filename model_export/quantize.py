@@ -19,7 +19,8 @@ from model_export.export import write_model
 from model_export.verify import find_photographs
 from pinnace.errors import InvalidInput, TooLarge
 from pinnace.models.classifier import Classifier
-from pinnace.models.image import SIGNATURES, decode
+from pinnace.models.image import decode
+from pinnace.models.image_header import SIGNATURES
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Request
 from pinnace.runtimes.onnx import load_onnxruntime

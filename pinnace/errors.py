@@ -91,6 +91,16 @@ class ClientDisconnected(ServingError, http_status=499, grpc_status="CANCELLED",
         super().__init__("the client disconnected")
 
 
+class Abandoned(ServingError, http_status=499, grpc_status="CANCELLED", outcome="cancelled"):
+    """Nobody waits for the response any more, so the rest of the work is skipped. No client ever sees it.
+
+    Raised by predictor.Request.check_abandoned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("nobody waits for the response any more")
+
+
 class InternalError(ServingError, http_status=500, grpc_status="INTERNAL", outcome="failed"):
     """An unexpected exception in the server or a predictor, whose traceback is in the log.
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from pinnace.errors import InvalidInput
+from pinnace.errors import Abandoned, InvalidInput
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor, TensorSpec
 
@@ -40,6 +40,20 @@ class RequestedOutput:
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessCost:
+    """What `preprocess` takes for one request, estimated from above."""
+
+    memory_bytes: int = 0
+    """The peak of the memory that `preprocess` allocates, the arrays that it returns included."""
+    cpu_seconds: float = 0.0
+    """CPU time, of one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,8 @@ class Request:
     """When the request was decoded, on the clock of time.perf_counter, in seconds."""
     response_format: Any = None
     """How the response is to be encoded. Only the codec that decoded the request reads it."""
+    is_abandoned: Callable[[], bool] = _never
+    """Returns whether nobody waits for the response any more: the client disconnected, or the deadline passed."""
 
     def count_rows(self, inputs: Sequence[TensorSpec]) -> int:
         """Return the number of rows for a model with these inputs.
@@ -72,6 +88,14 @@ class Request:
             return self.num_instances
         rows = [tensor.num_rows for tensor in self.inputs]
         return max(rows, default=0) if len(inputs) > 1 else sum(rows)
+
+    def check_abandoned(self) -> None:
+        """Raise Abandoned if nobody waits for the response any more.
+
+        A handler that takes long, such as one that decodes many images, should call this between two of them.
+        """
+        if self.is_abandoned():
+            raise Abandoned
 
     @property
     def input(self) -> Tensor:
@@ -193,6 +217,19 @@ class Predictor(ABC):
             StartupError: The start ends with this one line and its exit code. After any other exception it ends with
                 code 7 and the exception's text. If several models are served, the others go on.
         """
+
+    def estimate_preprocess(self, request: Request) -> PreprocessCost:
+        """Return what `preprocess` will take for this request. May run in several threads at once.
+
+        Override it if a small request can take much: `preprocess` is called only when that much memory is free under
+        --max_decode_bytes, and a request that takes long never occupies every thread. The default says that it takes
+        nothing. It must be quick itself: look at sizes, and leave the work to `preprocess`.
+
+        Raises:
+            InvalidInput: The client gets 400 or INVALID_ARGUMENT with this text.
+            TooLarge: The client gets 413 or RESOURCE_EXHAUSTED with this text.
+        """
+        return PreprocessCost()
 
     @abstractmethod
     def preprocess(self, request: Request) -> Arrays:

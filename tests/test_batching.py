@@ -28,6 +28,7 @@ from tests.support.clients import make_image_request
 from tests.support.metrics import metric_value, requests_by_outcome, wait_for_metric
 from tests.support.servers import Server, run_server
 from tests.support.waiting import wait_for
+from tests.unit.inference import Steps
 
 BATCH_SIZE = "--predictor=tests.support.predictors:BatchSize"
 ALL_CORES = "--predictor=tests.support.predictors:AllCores"
@@ -227,7 +228,7 @@ async def test_a_cancelled_requests_body_is_freed_while_the_model_is_busy() -> N
         raise InvalidInput("that was long enough")
 
     async def submit(body: Body) -> None:
-        await batcher.submit(partial(decode, body), lambda *_: None, RequestTimings())
+        await batcher.submit(Steps(partial(decode, body), lambda *_: None), RequestTimings())
 
     def start_request() -> tuple[asyncio.Task[None], weakref.ref[Body]]:
         body = Body()

@@ -15,7 +15,7 @@ import pytest
 from tests.support.servers import PROJECT, Server, run_server
 
 ECHO = "--predictor=tests.support.predictors:Echo"
-LIMITS = "limits: 128 concurrent requests per model, 16 rows per batch, 8 MiB per body, 60 s per request"
+LIMITS = "limits: 128 concurrent requests per model, 16 rows per batch, 17 MiB per body, 60 s per request"
 
 
 def run_check(

@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 
 from pinnace.cpus import available_cpus
-
-
-def write_files(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
-    return root
+from tests.support.files import write_files
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -76,3 +77,19 @@ def test_a_request_that_timed_out_in_the_queue_is_not_run(make_gate: Callable[[s
         assert server.predict('{"instances": ["b"]}').json() == {"predictions": [1]}
         assert metric_value(server, "pinnace_dropped_requests_total", model_name="custom-model") == 1
         assert metric_value(server, "pinnace_batch_rows_sum", model_name="custom-model") == 2
+
+
+def test_a_server_whose_model_is_stuck_is_not_ready_until_it_is_free(make_gate: Callable[[str], Path]) -> None:
+    held = make_gate("held")
+    with (
+        run_server("--predictor=tests.support.predictors:BatchSize", "--request_timeout_seconds=1") as server,
+        ThreadPoolExecutor(1) as client,
+    ):
+        late = client.submit(server.predict, json.dumps({"instances": [str(held)]}))
+        with held.open("wb"):
+            server.wait_for_line(re.compile("not ready: every thread that decodes, or a run of a model"))
+            assert server.get("/v2/health/ready").status_code == 503
+            assert server.get("/v2/health/live").status_code == 200
+        server.wait_for_line(re.compile("ready again: the threads are free"))
+        assert server.get("/v2/health/ready").status_code == 200
+        assert late.result().status_code == 504

@@ -13,7 +13,7 @@ from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT
 from tests.support.servers import Server, read_until, run_server
 
-LIMIT = 8 * 1024 * 1024
+LIMIT = 17 * 1024 * 1024
 
 DECLARED_TOO_LARGE = (
     b"POST /v1/models/custom-model:predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -59,7 +59,7 @@ def test_a_body_of_exactly_the_limit_is_read(server: Server) -> None:
 def test_a_declared_length_over_the_limit_is_answered_before_the_body_arrives(server: Server) -> None:
     with server.connect() as connection:
         connection.sendall(DECLARED_TOO_LARGE)
-        answer = read_until(connection, b'{"error":"the body exceeds max_body_bytes (8388608)"}')
+        answer = read_until(connection, b'{"error":"the body exceeds max_body_bytes (17825792)"}')
 
     assert answer.startswith(b"HTTP/1.1 413 ")
 

@@ -1,12 +1,17 @@
-"""pinnace/memory.py: the arenas of malloc, in a process of its own. test_repository tests garbage collection."""
+"""pinnace/memory.py: the limit of memory, and the arenas of malloc. test_repository tests garbage collection."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from pinnace.memory import available_bytes, default_decode_bytes
+from tests.support.files import write_files
+from tests.support.memory_limit import limit_memory
 from tests.support.servers import PROJECT
 
 ALLOCATE_IN_THREADS = """
@@ -64,3 +69,46 @@ def test_trim_malloc_returns_freed_memory_to_the_kernel() -> None:
     )
 
     assert float(returned.stdout) > 30
+
+
+@pytest.mark.parametrize(
+    ("files", "expected_bytes"),
+    [
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "1048576"}, 1_048_576),
+        (
+            {
+                "proc/self/cgroup": "0::/pod/container",
+                "sys/fs/cgroup/pod/container/memory.max": "max",
+                "sys/fs/cgroup/pod/memory.max": "2097152",
+            },
+            2_097_152,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/docker/abc\n0::/",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "3145728",
+            },
+            3_145_728,
+        ),
+    ],
+)
+def test_the_smallest_memory_limit_of_the_control_groups_counts(
+    files: dict[str, str], expected_bytes: int, tmp_path: Path
+) -> None:
+    assert available_bytes(write_files(tmp_path, files)) == expected_bytes
+
+
+def test_without_a_limit_the_machines_memory_counts(tmp_path: Path) -> None:
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    unlimited = {"proc/self/cgroup": "1:memory:/", "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096)}
+
+    assert available_bytes(write_files(tmp_path, unlimited)) == machine_bytes
+    assert default_decode_bytes() <= machine_bytes * 2 // 5
+
+
+def test_two_fifths_of_a_containers_memory_are_for_decoding() -> None:
+    with limit_memory(1000 * 1000 * 4096) as limit:
+        command = limit.wrap(f"{sys.executable} -c 'from pinnace.memory import *; print(default_decode_bytes())'")
+        printed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+
+    assert int(printed) == 400 * 1000 * 4096

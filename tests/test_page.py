@@ -128,7 +128,7 @@ def test_untrained_weights_show_an_alert(server: Server) -> None:
     ("name", "size_bytes", "message"),
     [
         ("a.pdf", 9, "a.pdf is not a picture in a supported format: JPEG, PNG, "),
-        ("a.jpg", 50_000_000, "a.jpg is 50.0 MB. This server accepts pictures of up to 6.3 MB "),
+        ("a.jpg", 50_000_000, "a.jpg is 50.0 MB. This server accepts pictures of up to 13.4 MB "),
     ],
     ids=["PDF", "50 MB"],
 )

@@ -118,7 +118,9 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(two: Server) -> Non
 
     os.kill(killed, signal.SIGKILL)
     two.wait_for_line(re.compile(r"worker \d exited with code 137: restarting in 0\.5 s"))
-    assert {get_answering_process(two) for _ in range(10)} == {other}
+    answering = {get_answering_process(two) for _ in range(10)}
+    assert other in answering
+    assert killed not in answering
     assert killed not in find_workers(two)
 
 

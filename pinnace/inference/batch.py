@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from pinnace.errors import ServingError
+from pinnace.inference.decode_budget import Share
 from pinnace.observability.logging import to_client_error
 from pinnace.observability.metrics import Metrics
 from pinnace.observability.timings import RequestTimings
-from pinnace.predictor import Arrays, Predictor, Request
+from pinnace.predictor import Arrays, Predictor, PreprocessCost, Request
+
+Answer = TypeVar("Answer", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +39,36 @@ class PreprocessedRequest:
         return {name: (array.dtype, array.shape[1:]) for name, array in self.arrays.items()}
 
 
+class Steps(Protocol[Answer]):
+    """The steps of one request before and after the model. They run one after another, on worker threads."""
+
+    def estimate(self) -> PreprocessCost:
+        """Decode the request, and return what `preprocess` will cost. Raises ServingError."""
+
+    def preprocess(self, is_abandoned: Callable[[], bool]) -> PreprocessedRequest:
+        """Convert the request to arrays. `is_abandoned` says whether nobody waits any more. Raises ServingError."""
+
+    def postprocess(self, preprocessed: PreprocessedRequest, predictions: Arrays) -> Answer:
+        """Convert the predictions for the request's rows to the result of the request. Raises ServingError."""
+
+
 @dataclass(eq=False, slots=True)
 class PendingRequest:
     """One request in the batcher, from its submission to its result. Its steps run on worker threads."""
 
-    preprocess: Callable[[], PreprocessedRequest]
-    postprocess: Callable[[PreprocessedRequest, Arrays], Any]
+    steps: Steps[Any]
     timings: RequestTimings
     result: asyncio.Future[Any]
     context: Context = field(default_factory=copy_context)  # carries the request's id to what is logged for it
     enqueued_at: float = field(default_factory=time.perf_counter)
-    """When it joined the queue that it is in: first the backlog, then the queue of decoded requests."""
+    """When it joined the queue that it is in: the backlog, the wait for its share, the queue of decoded requests."""
     preprocessed: PreprocessedRequest = field(init=False)
     """The result of `preprocess`; unset before it."""
     is_decoded: bool = False
+    share: Share | None = None
+    """Its share of the decode budget, from the estimate of its cost until its result."""
+    is_preprocessing: bool = False
+    """Whether a worker runs `preprocess`, and gives the share back itself if the request is cancelled meanwhile."""
 
 
 def run_batch(

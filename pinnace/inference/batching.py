@@ -14,16 +14,17 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pinnace.errors import ServingError
-from pinnace.inference.batch import PendingRequest, PreprocessedRequest, run_batch
+from pinnace.inference.batch import PendingRequest, PreprocessedRequest, Steps, run_batch
+from pinnace.inference.decode_budget import Share
 from pinnace.inference.scheduler import Job, Scheduler, capture, resolve
 from pinnace.observability.metrics import Metrics
 from pinnace.observability.timings import RequestTimings
-from pinnace.predictor import Arrays
+from pinnace.predictor import Arrays, PreprocessCost
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ class Batcher:
     ) -> None:
         self._model_name = model_name
         self._scheduler = scheduler
+        self._budget = scheduler.decode_budget
         self._metrics = metrics
         self._max_rows = max_batch_size
         self._delay_seconds = max_batch_delay_ms / 1000
@@ -51,18 +53,13 @@ class Batcher:
         self._queue: deque[PendingRequest] = deque()  # decoded
         self._num_decoding = 0
         self._num_in_pipeline = 0  # being decoded, queued, or in the run
-        self._is_running = False
+        self.running_since = math.inf
         self._run_ended_at = self._run_seconds = 0.0
         self.ready_at = math.inf
         self.uses_all_cores = False
         scheduler.add_source(self)
 
-    async def submit(
-        self,
-        preprocess: Callable[[], PreprocessedRequest],
-        postprocess: Callable[[PreprocessedRequest, Arrays], T],
-        timings: RequestTimings,
-    ) -> T:
+    async def submit(self, steps: Steps[T], timings: RequestTimings) -> T:
         """Run one request through `preprocess`, the model and `postprocess`, and return the result of `postprocess`.
 
         The steps run on worker threads. If cancelled, steps that have not started are skipped.
@@ -70,7 +67,7 @@ class Batcher:
         Raises:
             ServingError: What a step raised; for an exception that is no ServingError, InternalError.
         """
-        pending = PendingRequest(preprocess, postprocess, timings, asyncio.get_running_loop().create_future())
+        pending = PendingRequest(steps, timings, asyncio.get_running_loop().create_future())
         try:
             result: T = await self._scheduler.submit(pending.result, partial(self._enqueue, pending))
             return result
@@ -79,6 +76,9 @@ class Batcher:
                 was_decoded = pending.is_decoded
                 if pending.result.cancelled() and pending in self._backlog:
                     self._backlog.remove(pending)  # otherwise its body would stay in memory until its turn
+                if not pending.is_preprocessing:
+                    self._release_share(pending)
+                    self._scheduler.wake_worker()
             if was_decoded:
                 self._metrics.queued_or_running.dec()
             del pending  # an error would keep this frame, and so the request's body, until a garbage collection
@@ -102,7 +102,7 @@ class Batcher:
         self._queue = others
         self._finish(num_cancelled)
         if batch:
-            self._is_running = True
+            self.running_since = time.perf_counter()
             self._scheduler.has_exclusive_run |= batch[0].preprocessed.predictor.uses_all_cores
         self._update_ready_at()
         return partial(self._run, batch, num_cancelled, is_full=bool(others) or free_rows <= 0)
@@ -126,7 +126,7 @@ class Batcher:
 
     def _update_ready_at(self) -> None:
         """Set when the next batch may run, and whether it uses all cores: after each change of what they depend on."""
-        if self._is_running or not self._queue:
+        if self.running_since < math.inf or not self._queue:
             self.ready_at = math.inf
             return
         oldest = self._queue[0]
@@ -139,22 +139,84 @@ class Batcher:
             self.ready_at = oldest.enqueued_at
 
     def _decode(self, pending: PendingRequest) -> None:
-        preprocessed: PreprocessedRequest | None = None
+        """Decode a request and estimate its cost. If its share is granted, preprocess it; else it waits for it."""
         error: ServingError | None = None
         if not pending.result.cancelled():
             started_at = time.perf_counter()
-            preprocessed, error = pending.context.run(capture, pending.preprocess)
+            cost, error = pending.context.run(capture, pending.steps.estimate)
             pending.timings.stages["decode_queue"] = started_at - pending.enqueued_at
             pending.timings.stages["decode"] = time.perf_counter() - started_at
-            self._observe_if_abandoned(pending, "decode", "preprocess")
+            if cost and not (error := self._request_share(pending, cost)):
+                if pending.is_preprocessing:
+                    self._preprocess(pending)
+                return
         with self._scheduler.lock:
             self._num_decoding -= 1
+            self._finish(1)
+            self._update_ready_at()
+        if error:
+            resolve(pending.result, None, error)
+
+    def _request_share(self, pending: PendingRequest, cost: PreprocessCost) -> ServingError | None:
+        """Request the share of a decoded request. If it has to wait, the pipeline goes on without the request.
+
+        Returns the error if the request can never be preprocessed, or not now.
+        """
+        pending.enqueued_at = time.perf_counter()
+        with self._scheduler.lock:
+            try:
+                pending.share = share = self._budget.request(cost, partial(self._resume, pending))
+            except ServingError as error:
+                return error
+            pending.is_preprocessing = share.is_granted
+            if pending.result.cancelled() and not pending.is_preprocessing:
+                self._release_share(pending)  # `submit` has ended, and could not do it
+            if share.is_slow or not pending.is_preprocessing:
+                self._num_decoding -= 1  # no batch waits for it
+            if not pending.is_preprocessing:
+                self._finish(1)
+            self._update_ready_at()
+        return None
+
+    def _release_share(self, pending: PendingRequest) -> None:
+        """Give the share of a request back, if it has one: the request has ended. Called with the lock held."""
+        if pending.share:
+            self._budget.release(pending.share)
+            pending.share = None  # it refers to the request, which would stay in memory until a garbage collection
+
+    def _resume(self, pending: PendingRequest) -> None:
+        """Queue a request whose share has been granted. Called with the lock held."""
+        pending.is_preprocessing = True
+        self._num_in_pipeline += 1
+        self._num_decoding += not (pending.share and pending.share.is_slow)
+        self._scheduler.decode_queue.append(partial(self._preprocess, pending))
+        self._update_ready_at()
+
+    def _preprocess(self, pending: PendingRequest) -> None:
+        """Preprocess a request that has its share, and queue it for the model."""
+        preprocessed: PreprocessedRequest | None = None
+        error: ServingError | None = None
+        share = cast(Share, pending.share)
+        is_awaited = not share.is_slow
+        stages = pending.timings.stages
+        if not pending.result.cancelled():
+            started_at = time.perf_counter()
+            stages["decode_queue"] += started_at - pending.enqueued_at
+            preprocess = partial(pending.steps.preprocess, pending.result.cancelled)
+            preprocessed, error = pending.context.run(capture, preprocess)
+            stages["decode"] += time.perf_counter() - started_at
+            self._observe_if_abandoned(pending, "decode", "preprocess")
+        with self._scheduler.lock:
+            pending.is_preprocessing = False
+            self._num_decoding -= is_awaited
             if preprocessed and not pending.result.cancelled():
+                self._budget.finish_decoding(share, sum(array.nbytes for array in preprocessed.arrays.values()))
                 pending.preprocessed, pending.is_decoded = preprocessed, True
                 pending.enqueued_at = time.perf_counter()
                 self._metrics.queued_or_running.inc()
                 self._queue.append(pending)
             else:
+                self._release_share(pending)
                 self._finish(1)
             self._update_ready_at()
         if error:
@@ -173,7 +235,7 @@ class Batcher:
         for pending in batch:
             self._observe_if_abandoned(pending, "infer", "predict")
         with self._scheduler.lock:
-            self._is_running = False
+            self.running_since = math.inf
             self._scheduler.has_exclusive_run &= not batch[0].preprocessed.predictor.uses_all_cores
             self._run_ended_at = time.perf_counter()
             self._run_seconds = self._run_ended_at - started_at
@@ -198,7 +260,7 @@ class Batcher:
             resolve(pending.result, None, predictions)
             return
         started_at = time.perf_counter()
-        postprocess = partial(pending.postprocess, pending.preprocessed, predictions)
+        postprocess = partial(pending.steps.postprocess, pending.preprocessed, predictions)
         value, error = pending.context.run(capture, postprocess)
         pending.timings.stages["encode"] = time.perf_counter() - started_at
         self._observe_if_abandoned(pending, "encode", "postprocess")

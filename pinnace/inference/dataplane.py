@@ -15,21 +15,27 @@ from pinnace.inference.call import InferenceCall
 from pinnace.inference.codec import Codec, EncodedRequest, EncodedResponse, IncomingRequest
 from pinnace.inference.model import Model
 from pinnace.inference.repository import Repository
+from pinnace.inference.scheduler import Scheduler
 from pinnace.observability.metrics import Metrics
 from pinnace.observability.timings import RequestTimings
 from pinnace.settings import Settings
 
 R = TypeVar("R")
 
+WATCH_SECONDS = 1.0
+
 
 class DataPlane:
     """The state that all transports share: the models, the limits on requests and on their bytes, and the metrics."""
 
-    def __init__(self, repository: Repository, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, repository: Repository, settings: Settings, metrics: Metrics, scheduler: Scheduler | None = None
+    ) -> None:
         self.repository = repository
         self.settings = settings
         self.metrics = metrics
         self.byte_budget = ByteBudget(settings.max_queue_bytes)
+        self._scheduler = scheduler
         self._admissions = {name: Admission(settings) for name in repository.names}
 
     @property
@@ -47,6 +53,19 @@ class DataPlane:
         model = self.repository.get_ready(name)
         self._admissions[name].check()
         return model
+
+    async def watch(self) -> None:
+        """Publish changes of readiness that are no load or unload, such as a lost replica, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.repository.watch())
+            if self._scheduler:
+                tasks.create_task(self._watch_threads(self._scheduler))
+
+    async def _watch_threads(self, scheduler: Scheduler) -> None:
+        """Report the server not ready while no request is decoded, or run, within its deadline."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            self.repository.set_stuck(scheduler.stuck_seconds > self.settings.request_timeout_seconds)
 
     async def infer(self, model: Model, call: InferenceCall) -> EncodedResponse:
         """Answer one call within the limits and before the deadline.

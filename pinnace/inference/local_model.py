@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Coroutine, Set
+from collections.abc import Callable, Coroutine, Set
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pinnace.inference.model import Model
 from pinnace.inference.scheduler import Scheduler
 from pinnace.observability.logging import banner
 from pinnace.observability.metrics import Metrics
-from pinnace.predictor import Arrays, ModelMetadata, Predictor, Request
+from pinnace.predictor import Arrays, ModelMetadata, Predictor, PreprocessCost, Request
 from pinnace.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class LocalModel(Model):
 
     def infer(self, call: InferenceCall) -> Coroutine[Any, Any, EncodedResponse]:
         """Answer one request on worker threads, in a batch with others. Raises ServingError."""
-        return self._batcher.submit(partial(self._preprocess, call), partial(self._postprocess, call), call.timings)
+        return self._batcher.submit(_Steps(self._get_predictor, self._settings, call), call.timings)
 
     def close(self) -> None:
         """Do nothing: the worker threads are not the model's own."""
@@ -98,15 +97,34 @@ class LocalModel(Model):
                 logger.warning(line)
         return predictor
 
-    def _preprocess(self, call: InferenceCall) -> PreprocessedRequest:
-        """Decode the request and convert it to arrays, on a worker thread."""
+    def _get_predictor(self) -> Predictor:
+        """Return the predictor. Raises ModelNotReady if the model was unloaded while a request waited."""
         predictor = self._predictor
-        if predictor is None:  # unloaded while the request waited
+        if predictor is None:
             raise ModelNotReady(self.name)
-        request = call.decode(predictor.inputs, self._settings)
+        return predictor
+
+
+class _Steps:
+    """The steps of one request: it is decoded, goes through the predictor's handlers, and its response is encoded."""
+
+    def __init__(self, get_predictor: Callable[[], Predictor], settings: Settings, call: InferenceCall) -> None:
+        self._get_predictor = get_predictor
+        self._settings = settings
+        self._call = call
+
+    def estimate(self) -> PreprocessCost:
+        """Decode the request, and return the predictor's estimate of its cost."""
+        self._predictor = predictor = self._get_predictor()
+        self._request = request = self._call.decode(predictor.inputs, self._settings)
         if predictor.outputs:
             _check_outputs(request, {spec.name for spec in predictor.outputs})
-        returned = call.timings.time_handler("preprocess", predictor.preprocess, request)
+        return predictor.estimate_preprocess(request)
+
+    def preprocess(self, is_abandoned: Callable[[], bool]) -> PreprocessedRequest:
+        """Convert the request to arrays."""
+        predictor, request = self._predictor, replace(self._request, is_abandoned=is_abandoned)
+        returned = self._call.timings.time_handler("preprocess", predictor.preprocess, request)
         arrays = {name: np.asarray(array) for name, array in returned.items()}
         sizes = {len(array) for array in arrays.values()}
         if len(sizes) != 1 or 0 in sizes:
@@ -116,16 +134,15 @@ class LocalModel(Model):
             )
         return PreprocessedRequest(predictor, request, arrays, sizes.pop())
 
-    def _postprocess(
-        self, call: InferenceCall, preprocessed: PreprocessedRequest, predictions: Arrays
-    ) -> EncodedResponse:
-        """Convert the predictions to the encoded response, on a worker thread."""
+    def postprocess(self, preprocessed: PreprocessedRequest, predictions: Arrays) -> EncodedResponse:
+        """Convert the predictions to the encoded response."""
         predictor, request = preprocessed.predictor, preprocessed.request
-        response = call.timings.time_handler("postprocess", predictor.postprocess, predictions, request)
+        response = self._call.timings.time_handler("postprocess", predictor.postprocess, predictions, request)
         outputs = {tensor.name: tensor for tensor in response.outputs}
         _check_outputs(request, outputs.keys())
         chosen = [outputs[output.name] for output in request.outputs] or list(outputs.values())
-        return call.encode(replace(response, outputs=chosen, model_name=self.name, id=request.id), request)
+        name = self._settings.model_name
+        return self._call.encode(replace(response, outputs=chosen, model_name=name, id=request.id), request)
 
 
 def _check_outputs(request: Request, offered: Set[str]) -> None:

@@ -34,6 +34,8 @@ class Repository:
         self._num_pending_changes = 0
         self.mutable = mutable
         self.is_draining = False
+        self.is_stuck = False
+        """Whether the worker threads are busy with work that takes longer than requests may take."""
         self.changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[Model]:
@@ -50,7 +52,7 @@ class Repository:
         During a drain the answer is no, although requests are still answered. Raises ModelNotFound.
         """
         models = self if name is None else [self.get(name)]
-        return not self.is_draining and any(model.is_ready for model in models)
+        return not self.is_draining and not self.is_stuck and any(model.is_ready for model in models)
 
     def get(self, name: str) -> Model:
         """Return the model. Raises ModelNotFound."""
@@ -84,6 +86,20 @@ class Repository:
         async with asyncio.TaskGroup() as tasks:
             for model in self:
                 tasks.create_task(self._watch(model))
+
+    def set_stuck(self, is_stuck: bool) -> None:
+        """Report not ready, or ready again, because worker threads are stuck or no longer are."""
+        if is_stuck == self.is_stuck:
+            return
+        self.is_stuck = is_stuck
+        if is_stuck:
+            logger.error(
+                "not ready: every thread that decodes, or a run of a model, has been busy for longer than "
+                "request_timeout_seconds"
+            )
+        else:
+            logger.info("ready again: the threads are free")
+        self._notify()
 
     def drain(self) -> None:
         """Report not ready from now on. Requests are still answered."""

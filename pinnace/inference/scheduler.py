@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -21,9 +22,12 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from pinnace.errors import ServingError
+from pinnace.inference.decode_budget import DecodeBudget
 from pinnace.observability.logging import to_client_error
 
 T = TypeVar("T")
+
+UNLIMITED = sys.maxsize
 
 Job = Callable[[], None]
 """A piece of work for one worker. It raises nothing."""
@@ -36,6 +40,8 @@ class Source(Protocol):
     """When the next run may start, on the clock of time.perf_counter: the past means now, infinity means never."""
     uses_all_cores: bool
     """Whether the next run uses all cores."""
+    running_since: float
+    """When the run that is going on started, on the same clock; infinity if there is none."""
 
     def next_job(self) -> Job:
         """Return the next run, which is ready. Raises nothing."""
@@ -49,7 +55,7 @@ class JobQueue:
         self._scheduler = scheduler
         self._max_concurrency = max_concurrency
         self._concurrent_with_runs = concurrent_with_runs
-        self._num_running = 0
+        self._started_at: list[float] = []  # of the jobs that run
         self._jobs: deque[Job] = deque()
 
     def append(self, job: Job) -> None:
@@ -59,21 +65,25 @@ class JobQueue:
     @property
     def is_ready(self) -> bool:
         """Return whether a job may start now."""
-        has_capacity = self._num_running < self._max_concurrency
+        has_capacity = len(self._started_at) < self._max_concurrency
         is_allowed = self._concurrent_with_runs or not self._scheduler.has_exclusive_run
         return bool(self._jobs) and has_capacity and is_allowed
 
     def next_job(self) -> Job:
         """Return the oldest job, counted as running until it ends."""
-        self._num_running += 1
-        return partial(self._run, self._jobs.popleft())
+        self._started_at.append(started_at := time.perf_counter())
+        return partial(self._run, self._jobs.popleft(), started_at)
 
-    def _run(self, job: Job) -> None:
+    def busy_seconds(self, now: float) -> float:
+        """Return for how long no job could start, because as many run as may. Call with the scheduler's lock held."""
+        return now - max(self._started_at) if len(self._started_at) >= self._max_concurrency else 0.0
+
+    def _run(self, job: Job, started_at: float) -> None:
         try:
             job()
         finally:
             with self._scheduler.lock:
-                self._num_running -= 1
+                self._started_at.remove(started_at)
 
 
 @dataclass(eq=False, slots=True)
@@ -87,8 +97,10 @@ class _IdleWorker:
 class Scheduler:
     """A pool of worker threads: `decoders` decode slots, one encode slot, and one run slot per model."""
 
-    def __init__(self, decoders: int) -> None:
+    def __init__(self, decoders: int, max_decode_bytes: int = UNLIMITED, max_waiting: int = UNLIMITED) -> None:
+        """Start the workers. The last two arguments are those of the decode budget, which all models share."""
         self.lock = threading.Lock()
+        self.decode_budget = DecodeBudget(max_decode_bytes, decoders, max_waiting)
         self.has_exclusive_run = False
         """Whether a run uses all cores. Meanwhile nothing is decoded, and no other such run starts."""
         self.decode_queue = JobQueue(self, decoders, concurrent_with_runs=False)
@@ -133,6 +145,13 @@ class Scheduler:
             if ready_at < min(worker.wakes_at for worker in self._idle):
                 self._idle.pop().wake.release()
                 self._is_waking = True
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Return for how long no decode could start, or, if that is longer, how long the longest run has lasted."""
+        with self.lock:
+            now = time.perf_counter()
+            return max(self.decode_queue.busy_seconds(now), *(now - model.running_since for model in self._models), 0.0)
 
     def close(self) -> None:
         """End the workers without waiting for jobs that run; jobs that have not started never will."""

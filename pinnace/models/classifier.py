@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,13 @@ from numpy.typing import NDArray
 from pinnace.errors import InvalidInput, ModelLoadError, TooLarge, one_line
 from pinnace.models import image
 from pinnace.models.model_card import ModelCard
-from pinnace.predictor import Arrays, Predictor, Request, RequestedOutput, Response
+from pinnace.predictor import Arrays, Predictor, PreprocessCost, Request, RequestedOutput, Response
 from pinnace.runtimes.onnx import OnnxSession
 from pinnace.tensors import Tensor, TensorSpec
 
 DEFAULT_OUTPUT = "output-0"
 TOP = 5
+FLOAT_BYTES = 4
 TRAFFIC_LIGHT = (  # a PNG of 24 × 18 pixels, the example request
     "iVBORw0KGgoAAAANSUhEUgAAABgAAAASBAMAAACzwgOtAAAAGFBMVEWuloWGgYhtfZtWdKR4XVJcUkxIW3QtKyrKZn0kAAAAgUlE"
     "QVR42l3OMQoCQQxA0Z8Ya2fQzmaOoLgXELyed7K1E+ysFmth5gDuxEJ3XE2VwCN82fEdnewYwGzP4wJYBmy4rvM/ex8SCo1puuXx"
@@ -67,15 +71,49 @@ class Classifier(Predictor):
         )
         self._warm_up()
 
+    def estimate_preprocess(self, request: Request) -> PreprocessCost:
+        """Return the cost of decoding the images, from their headers: one at a time, beside the pixels of all rows.
+
+        Raises InvalidInput, and TooLarge for an image or a request with too many pixels.
+        """
+        if request.num_instances and len(request.inputs) > 1:
+            raise InvalidInput(f"each instance must have one value, not {len(request.inputs)}")
+        num_rows, peak_bytes, work_pixels, seconds = 0, 0, 0, 0.0
+        for tensor in request.inputs:
+            num_rows += _count_rows(tensor)
+            if tensor.datatype != "BYTES":
+                continue
+            for row, element in enumerate(tensor.array.flat):
+                with _name_row(tensor.name, row):
+                    header = image.read_size(image.image_bytes(element), self.settings.max_image_pixels)
+                resize_bytes = self.preprocessing.resize_bytes(header.width, header.height)
+                peak_bytes = max(peak_bytes, len(element) + header.decode_bytes + resize_bytes)
+                seconds += header.decode_seconds
+                work_pixels += header.work_pixels
+        if work_pixels > self.settings.max_request_pixels:
+            raise TooLarge(
+                f"the images of the request have {work_pixels} pixels, of a JPEG times a tenth of its scans if it has "
+                f"more than 10: they exceed max_request_pixels ({self.settings.max_request_pixels})"
+            )
+        return PreprocessCost(peak_bytes + num_rows * math.prod(self.row_shape) * FLOAT_BYTES, seconds)
+
     def preprocess(self, request: Request) -> Arrays:
         """Convert images or preprocessed tensors to one array, `pixels`: FP32 of shape [rows, 3, crop, crop].
 
         The rows of several inputs are concatenated. Raises InvalidInput and TooLarge.
         """
-        if request.num_instances and len(request.inputs) > 1:
-            raise InvalidInput(f"each instance must have one value, not {len(request.inputs)}")
-        pixels = [array for tensor in request.inputs for array in self._pixels(tensor)]
-        return {"pixels": np.concatenate(pixels) if len(pixels) > 1 else pixels[0]}
+        only = request.inputs[0]
+        if len(request.inputs) == 1 and only.datatype != "BYTES":
+            return {"pixels": self._tensor_input(only)}
+        pixels = np.empty((sum(map(_count_rows, request.inputs)), *self.row_shape), np.float32)
+        end = 0
+        for tensor in request.inputs:
+            start, end = end, end + _count_rows(tensor)
+            if tensor.datatype == "BYTES":
+                self._decode_images(tensor, pixels[start:end], request)
+            else:
+                pixels[start:end] = self._tensor_input(tensor)
+        return {"pixels": pixels}
 
     def predict(self, rows: Arrays) -> Arrays:
         """Return `logits`, FP32 of shape [rows, classes], for `pixels`."""
@@ -126,13 +164,14 @@ class Classifier(Predictor):
             texts[row, column] = b"%f:%d:%s" % (values[row, index], index, self.labels[index])
         return Tensor(name, texts)
 
-    def _pixels(self, tensor: Tensor) -> list[NDArray[np.float32]]:
-        """Return the pixels of an input. Preprocessed FP32 tensors are not copied if their memory layout allows."""
-        if tensor.datatype != "BYTES":
-            return [self._tensor_input(tensor)]
-        return [
-            self._image_input(tensor.name, row, element)[np.newaxis] for row, element in enumerate(tensor.array.flat)
-        ]
+    def _decode_images(self, tensor: Tensor, pixels: NDArray[np.float32], request: Request) -> None:
+        """Decode the images of an input to the rows of `pixels`, unless the request is abandoned meanwhile."""
+        shorter_pixels = self.card.resize_pixels if self.settings.fast_decode else 0
+        for row, element in enumerate(tensor.array.flat):
+            request.check_abandoned()
+            with _name_row(tensor.name, row):
+                picture = image.decode(image.image_bytes(element), self.settings.max_image_pixels, shorter_pixels)
+            self.preprocessing(picture, pixels[row])
 
     def _warm_up(self) -> None:
         """Run the model once, to allocate memory, start threads and prove that it works. Raises ModelLoadError."""
@@ -145,14 +184,6 @@ class Classifier(Predictor):
         if logits.shape != (1, len(self.card.labels)):
             raise ModelLoadError(f"{self.model_dir} has {logits.shape[-1]} logits for {len(self.card.labels)} labels")
 
-    def _image_input(self, name: str, row: int, element: bytes) -> NDArray[np.float32]:
-        try:
-            shorter_pixels = self.card.resize_pixels if self.settings.fast_decode else 0
-            picture = image.decode(image.image_bytes(element), self.settings.max_image_pixels, shorter_pixels)
-            return self.preprocessing(picture)
-        except (InvalidInput, TooLarge) as error:
-            raise type(error)(f"input '{name}', row {row}: {error}") from None
-
     def _tensor_input(self, tensor: Tensor) -> NDArray[np.float32]:
         if tensor.datatype not in TENSOR_DATATYPES or tensor.shape[1:] != self.row_shape:
             raise InvalidInput(
@@ -164,6 +195,20 @@ class Classifier(Predictor):
         if not np.isfinite(pixels).all():
             raise InvalidInput(f"input '{tensor.name}' has values that are not finite FP32 numbers")
         return pixels
+
+
+def _count_rows(tensor: Tensor) -> int:
+    """Return the number of rows of an input. Every element of a BYTES tensor, of whatever shape, is an image."""
+    return tensor.array.size if tensor.datatype == "BYTES" else tensor.num_rows
+
+
+@contextmanager
+def _name_row(name: str, row: int) -> Iterator[None]:
+    """Add the input's name and the row's number to the text of an error."""
+    try:
+        yield
+    except (InvalidInput, TooLarge) as error:
+        raise type(error)(f"input '{name}', row {row}: {error}") from None
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from pinnace.inference.dataplane import DataPlane
 from pinnace.inference.local_model import ModelContext
 from pinnace.inference.repository import Repository
 from pinnace.inference.scheduler import Scheduler
-from pinnace.memory import limit_malloc_arenas
+from pinnace.memory import default_decode_bytes, limit_malloc_arenas
 from pinnace.models.loader import load, make_models
 from pinnace.observability.metrics import Metrics
 from pinnace.process import STOP_SIGNALS
@@ -39,6 +39,7 @@ from pinnace.settings import Settings
 logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 0.1
+MIN_DECODERS = 2  # also on one CPU: while one thread decodes a large picture, the other decodes small ones
 
 
 def run(settings: Settings) -> None:
@@ -62,12 +63,16 @@ def open_dataplane(settings: Settings, require_all: bool = False) -> Iterator[Da
     Raises StartupError if no model loads, or, with `require_all`, if any model does not.
     """
     metrics = Metrics()
-    scheduler = Scheduler(settings.max_asyncio_workers or settings.threads or available_cpus())
+    scheduler = Scheduler(
+        settings.max_asyncio_workers or max(MIN_DECODERS, settings.threads or available_cpus()),
+        settings.max_decode_bytes or default_decode_bytes(),
+        settings.max_concurrent_requests // 2,
+    )
     models = make_models(settings, ModelContext(scheduler, metrics))
     load(models, require_all)
     repository = Repository(models, metrics, settings.enable_model_repository)
     try:
-        yield DataPlane(repository, settings, metrics)
+        yield DataPlane(repository, settings, metrics, scheduler)
     finally:
         scheduler.close()
         repository.close()
@@ -113,7 +118,7 @@ async def _serve(
     if supervised:
         _connect_supervisor(supervised.control_socket, stop, force_exit)
     async with asyncio.TaskGroup() as tasks:
-        watcher = tasks.create_task(_watch_models(dataplane.repository, stop))
+        watcher = tasks.create_task(_watch_models(dataplane, stop))
         listeners = [
             tasks.create_task(http.serve(make_http_app(dataplane, services, authenticator, settings), stop_accepting))
         ]
@@ -151,11 +156,11 @@ async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
         await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
 
 
-async def _watch_models(repository: Repository, stop: asyncio.Event) -> RayHeadLost | None:
+async def _watch_models(dataplane: DataPlane, stop: asyncio.Event) -> RayHeadLost | None:
     """Keep the models' states up to date until cancelled. If Ray's head is lost, set `stop` and return the error."""
     lost = None
     try:
-        await repository.watch()
+        await dataplane.watch()
     except* RayHeadLost as group:
         lost = next(error for error in group.exceptions if isinstance(error, RayHeadLost))
         stop.set()

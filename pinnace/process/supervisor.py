@@ -22,6 +22,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from pinnace.cpus import available_cpus
 from pinnace.errors import ShutdownTimeout, one_line
+from pinnace.memory import default_decode_bytes
 from pinnace.models.storage import fetch_model
 from pinnace.observability.metrics import MULTIPROCESS_ENV
 from pinnace.process import STOP_SIGNALS
@@ -46,7 +47,7 @@ def run(settings: Settings) -> int:
         "http_port": http[0].getsockname()[1],
         "grpc_port": grpc.getsockname()[1] if grpc else settings.grpc_port,
         "threads": settings.threads or max(1, available_cpus() // settings.workers),
-        "max_asyncio_workers": settings.max_asyncio_workers or max(1, available_cpus() // settings.workers),
+        "max_decode_bytes": (settings.max_decode_bytes or default_decode_bytes()) // settings.workers,
     }
     if model := fetch_model(settings):
         flags["model_dir"] = model

@@ -235,7 +235,7 @@ def _application(predictor_class: type[Predictor], settings: Settings, model_dir
     replica_settings = replace(
         settings,
         threads=threads,
-        max_asyncio_workers=settings.max_asyncio_workers or threads,
+        max_asyncio_workers=settings.max_asyncio_workers or max(2, threads),
         gpu_memory_percent=gpu_memory_percent(settings, options.get("num_gpus", 0)),
     )
     return deployment.bind(predictor_class, replica_settings, model_dir)

@@ -16,11 +16,14 @@ from pinnace.inference.call import InferenceCall
 from pinnace.inference.codec import EncodedRequest, EncodedResponse
 from pinnace.inference.local_model import LocalModel, ModelContext
 from pinnace.inference.scheduler import Scheduler
+from pinnace.memory import default_decode_bytes
 from pinnace.observability.logging import set_up_logging, to_client_error
 from pinnace.observability.metrics import MetricCall, ReplicaMetrics
 from pinnace.observability.timings import start_timings
 from pinnace.predictor import ModelMetadata, Predictor, Request, Response
-from pinnace.settings import Settings
+from pinnace.settings import MIB, Settings
+
+MAX_DECODE_BYTES = 512 * MIB  # unless --max_decode_bytes is set: other replicas use the same machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,12 @@ class Replica:
     def __init__(self, predictor_class: type[Predictor], settings: Settings, model_dir: Path | None) -> None:
         set_up_logging(settings, os.environ)
         self._metrics = ReplicaMetrics()
-        context = ModelContext(Scheduler(settings.max_asyncio_workers), self._metrics)
+        scheduler = Scheduler(
+            settings.max_asyncio_workers,
+            settings.max_decode_bytes or min(default_decode_bytes(), MAX_DECODE_BYTES),
+            settings.max_ongoing_requests // 2,
+        )
+        context = ModelContext(scheduler, self._metrics)
         self._model = LocalModel(predictor_class, settings, model_dir, context)
         self._model.load()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pinnace.inference.batch import PreprocessedRequest
 from pinnace.observability.metrics import Metrics
-from pinnace.predictor import Arrays, Predictor, Request, Response
+from pinnace.predictor import Arrays, Predictor, PreprocessCost, Request, Response
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
 
 MODEL = "custom-model"
 TIMEOUT_SECONDS = 20
+FREE = PreprocessCost()
 
 
 class Recorder(Predictor):
@@ -57,6 +58,26 @@ def preprocessed(predictor: Predictor, rows: Sequence[float], dtype: DTypeLike =
     """Return a request with one array of the given rows."""
     array: NDArray[Any] = np.array(rows, dtype)
     return PreprocessedRequest(predictor, Request(MODEL, (Tensor("x", array),)), {"x": array}, len(array))
+
+
+class Steps:
+    """The steps of a request, of functions. It is submitted by `Batcher.submit`."""
+
+    def __init__(
+        self,
+        preprocess: Callable[[], PreprocessedRequest],
+        postprocess: Callable[[PreprocessedRequest, Arrays], Any],
+        cost: PreprocessCost = FREE,
+    ) -> None:
+        self._preprocess = preprocess
+        self._cost = cost
+        self.postprocess = postprocess
+
+    def estimate(self) -> PreprocessCost:
+        return self._cost
+
+    def preprocess(self, _: Callable[[], bool]) -> PreprocessedRequest:
+        return self._preprocess()
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float:

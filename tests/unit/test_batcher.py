@@ -15,24 +15,26 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike
 
-from pinnace.errors import InternalError, InvalidInput
+from pinnace.errors import InternalError, InvalidInput, TooLarge
 from pinnace.inference.batch import PreprocessedRequest
 from pinnace.inference.batching import PIPELINE_DEPTH, Batcher
-from pinnace.inference.scheduler import Scheduler
+from pinnace.inference.scheduler import UNLIMITED, Scheduler
 from pinnace.observability.metrics import Metrics
 from pinnace.observability.timings import RequestTimings
-from pinnace.predictor import Arrays
+from pinnace.predictor import Arrays, PreprocessCost
 from tests.support.waiting import wait_for
-from tests.unit.inference import MODEL, TIMEOUT_SECONDS, AllCores, Recorder, preprocessed, sample
+from tests.unit.inference import FREE, MODEL, TIMEOUT_SECONDS, AllCores, Recorder, Steps, preprocessed, sample
 
 
 class Bench:
     """A batcher with a scheduler and metrics of its own, and a way to submit rows to it."""
 
-    def __init__(self, predictor: Recorder, decoders: int, max_batch_size: int, max_batch_delay_ms: int) -> None:
+    def __init__(
+        self, predictor: Recorder, decoders: int, max_batch_size: int, max_batch_delay_ms: int, max_decode_bytes: int
+    ) -> None:
         self.predictor = predictor
         self.metrics = Metrics()
-        self.scheduler = Scheduler(decoders)
+        self.scheduler = Scheduler(decoders, max_decode_bytes)
         self.batcher = Batcher(MODEL, self.scheduler, self.metrics, max_batch_size, max_batch_delay_ms)
 
     async def submit(self, *rows: float, dtype: DTypeLike = np.float32, timings: RequestTimings | None = None) -> Any:
@@ -48,9 +50,10 @@ class Bench:
         preprocess: Callable[[], PreprocessedRequest],
         postprocess: Callable[[PreprocessedRequest, Arrays], Any],
         timings: RequestTimings | None = None,
+        cost: PreprocessCost = FREE,
     ) -> Any:
         async with asyncio.timeout(TIMEOUT_SECONDS):
-            return await self.batcher.submit(preprocess, postprocess, timings or RequestTimings())
+            return await self.batcher.submit(Steps(preprocess, postprocess, cost), timings or RequestTimings())
 
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[None]:
@@ -75,10 +78,14 @@ class Bench:
 
 @asynccontextmanager
 async def running(
-    predictor: Recorder | None = None, decoders: int = 1, max_batch_size: int = 4, max_batch_delay_ms: int = 0
+    predictor: Recorder | None = None,
+    decoders: int = 1,
+    max_batch_size: int = 4,
+    max_batch_delay_ms: int = 0,
+    max_decode_bytes: int = UNLIMITED,
 ) -> AsyncIterator[Bench]:
     """Yield a bench whose worker threads end afterwards."""
-    bench = Bench(predictor or Recorder(), decoders, max_batch_size, max_batch_delay_ms)
+    bench = Bench(predictor or Recorder(), decoders, max_batch_size, max_batch_delay_ms, max_decode_bytes)
     try:
         yield bench
     finally:
@@ -206,7 +213,7 @@ async def test_an_error_keeps_nothing_of_its_request_in_memory() -> None:
     async def submit(bench: Bench) -> weakref.ref[Body]:
         body = Body()
         with pytest.raises(InvalidInput):
-            await bench.batcher.submit(partial(refuse, body), lambda *_: None, RequestTimings())
+            await bench.batcher.submit(Steps(partial(refuse, body), lambda *_: None), RequestTimings())
         return weakref.ref(body)
 
     gc.disable()
@@ -281,3 +288,110 @@ async def test_the_stages_of_a_request_are_recorded_in_its_timings() -> None:
     assert timings.stages.keys() == {"decode_queue", "decode", "queue", "infer", "encode"}
     assert all(seconds >= 0 for seconds in timings.stages.values())
     assert timings.handlers["predict"] == timings.stages["infer"]
+
+
+class Held:
+    """A `preprocess` that waits until the test lets it go on."""
+
+    def __init__(self, bench: Bench, row: float) -> None:
+        self._bench, self._row = bench, row
+        self.has_started, self.may_end = threading.Event(), threading.Event()
+
+    def __call__(self) -> PreprocessedRequest:
+        self.has_started.set()
+        assert self.may_end.wait(TIMEOUT_SECONDS)
+        return preprocessed(self._bench.predictor, [self._row])
+
+    async def wait_until_started(self) -> None:
+        assert await asyncio.to_thread(self.has_started.wait, TIMEOUT_SECONDS)
+
+
+def submit_held(bench: Bench, held: Held, cost: PreprocessCost) -> asyncio.Task[Any]:
+    return asyncio.create_task(bench.submit_steps(held, lambda _, predictions: predictions["y"].tolist(), cost=cost))
+
+
+async def test_a_request_waits_for_its_memory_without_a_thread_and_others_go_on() -> None:
+    large = PreprocessCost(memory_bytes=600)
+    async with running(decoders=2, max_decode_bytes=1000) as bench:
+        first, second = Held(bench, 1), Held(bench, 2)
+        first_result = submit_held(bench, first, large)
+        await first.wait_until_started()
+        second_result = submit_held(bench, second, large)
+        assert await bench.submit(3) == [3]  # with the other thread, which the second request does not take
+        assert not second.has_started.is_set()
+        first.may_end.set()
+        assert await first_result == [1]
+        second.may_end.set()
+
+        assert await second_result == [2]
+
+
+async def test_a_batch_does_not_wait_for_a_slow_request() -> None:
+    async with running(AllCores(), decoders=2) as bench:
+        bench.batcher._run_seconds = TIMEOUT_SECONDS  # so long would a batch wait for another request
+        slow = Held(bench, 1)
+        slow_result = submit_held(bench, slow, PreprocessCost(cpu_seconds=10))
+        await slow.wait_until_started()
+
+        assert await bench.submit(2) == [2]
+        slow.may_end.set()
+        assert await slow_result == [1]
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+async def test_a_cancelled_request_gives_its_share_back(is_waiting: bool) -> None:
+    large = PreprocessCost(memory_bytes=600)
+    async with running(decoders=2, max_decode_bytes=1000) as bench:
+        first, second, third = Held(bench, 1), Held(bench, 2), Held(bench, 3)
+        results = [submit_held(bench, first, large)]
+        await first.wait_until_started()
+        results += [submit_held(bench, held, large) for held in (second, third)]
+        await bench.submit(0)  # all three have requested their shares
+        leaving = results.pop(1 if is_waiting else 0)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        for held in (first, second, third):
+            held.may_end.set()
+
+        assert sorted(await asyncio.gather(*results)) == ([[1], [3]] if is_waiting else [[2], [3]])
+
+
+async def test_a_request_that_can_never_have_its_memory_is_refused() -> None:
+    async with running(max_decode_bytes=1000) as bench:
+        with pytest.raises(TooLarge):
+            await submit_held(bench, Held(bench, 1), PreprocessCost(memory_bytes=1001))
+        assert await bench.submit(2) == [2]
+
+
+async def test_preprocess_is_told_when_nobody_waits_any_more() -> None:
+    class Asking(Steps):
+        def preprocess(self, is_abandoned: Callable[[], bool]) -> PreprocessedRequest:
+            has_started.set()
+            wait_for(is_abandoned, "the request to be abandoned")
+            has_seen.set()
+            return self._preprocess()
+
+    has_started, has_seen = threading.Event(), threading.Event()
+    async with running() as bench:
+        steps = Asking(lambda: preprocessed(bench.predictor, [1]), lambda *_: None)
+        leaving = asyncio.create_task(bench.batcher.submit(steps, RequestTimings()))
+        assert await asyncio.to_thread(has_started.wait, TIMEOUT_SECONDS)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+
+        assert await asyncio.to_thread(has_seen.wait, TIMEOUT_SECONDS)
+
+
+async def test_the_scheduler_tells_for_how_long_every_decoder_or_a_run_has_been_busy() -> None:
+    async with running(decoders=1) as bench:
+        assert bench.scheduler.stuck_seconds == 0
+        async with bench.busy():
+            assert bench.scheduler.stuck_seconds > 0
+        held = Held(bench, 1)
+        result = submit_held(bench, held, FREE)
+        await held.wait_until_started()
+        assert bench.scheduler.stuck_seconds > 0
+        held.may_end.set()
+        await result
+
+        await asyncio.to_thread(wait_for, lambda: bench.scheduler.stuck_seconds == 0, "the scheduler to be free")

@@ -21,6 +21,7 @@ class Runs:
     def __init__(self, ready_at: float, job: Job, uses_all_cores: bool = False) -> None:
         self.ready_at = ready_at
         self.uses_all_cores = uses_all_cores
+        self.running_since = math.inf
         self._job = job
 
     def next_job(self) -> Job:
