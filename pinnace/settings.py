@@ -128,7 +128,7 @@ class Settings:
     )
     api_key_file: Path | None = _setting(
         None,
-        "File with API keys, one per line. A client that does not send one of them as Authorization: Bearer KEY gets "
+        "File with API keys, one per line; lines that begin with # are comments. A client that does not send one of them as Authorization: Bearer KEY gets "
         "401 or UNAUTHENTICATED for all but probes.",
     )
     cors_allow_origins: str = _setting(
