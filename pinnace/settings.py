@@ -128,8 +128,8 @@ class Settings:
     )
     api_key_file: Path | None = _setting(
         None,
-        "File with API keys, one per line; lines that begin with # are comments. A client that does not send one of them as Authorization: Bearer KEY gets "
-        "401 or UNAUTHENTICATED for all but probes.",
+        "File with API keys, one per line; lines that begin with # are comments. A client that does not send one of "
+        "them as Authorization: Bearer KEY gets 401 or UNAUTHENTICATED for all but probes.",
     )
     cors_allow_origins: str = _setting(
         "", "Origins of web pages that may call the server (CORS), separated by commas. * allows all. If empty: none."

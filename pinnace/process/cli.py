@@ -18,7 +18,14 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import NoReturn
 
-from pinnace.errors import ConfigurationError, PackageMissing, RayHeadLost, ShutdownTimeout, StartupError
+from pinnace.errors import (
+    ConfigurationError,
+    PackageMissing,
+    RayHeadLost,
+    ShutdownTimeout,
+    StartupError,
+    escape_unprintable,
+)
 from pinnace.observability.logging import set_up_logging
 from pinnace.process import STOP_SIGNALS
 from pinnace.process.flags import CHECK, parse_settings, warn_of_unknown_variables
@@ -80,7 +87,7 @@ def _print(text: str) -> int:
 
 def _print_error(error: StartupError) -> None:
     if sys.stderr:
-        sys.stderr.write(f"{NAME}: {error}\n")
+        sys.stderr.write(f"{NAME}: {escape_unprintable(str(error))}\n")
 
 
 def _serve(flags: Sequence[str], program: str) -> NoReturn:
