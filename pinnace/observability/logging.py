@@ -22,6 +22,7 @@ from http import HTTPStatus
 from typing import Any
 
 from pinnace.errors import ConfigurationError, InternalError, ServingError, escape_unprintable, one_line
+from pinnace.observability.log_writer import QueuedStreamHandler
 from pinnace.observability.timings import LATENCY_LOGGER, current_request_id
 from pinnace.settings import Settings
 
@@ -234,7 +235,11 @@ def _default_configuration(level: str, log_format: str, colours: bool) -> dict[s
         "disable_existing_loggers": False,
         "formatters": formatters,
         "handlers": {
-            name: {"class": "logging.StreamHandler", "formatter": name, "stream": stream}
+            name: {
+                "class": f"{QueuedStreamHandler.__module__}.QueuedStreamHandler",
+                "formatter": name,
+                "stream": stream,
+            }
             for name, stream in streams.items()
         },
         "root": {"handlers": ["default"], "level": level},
