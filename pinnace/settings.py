@@ -200,6 +200,12 @@ class Settings:
         "Server processes. They share the ports and the CPUs; limits on requests hold for each process.",
         _between(1, 256),
     )
+    worker_timeout_seconds: int = _setting(
+        30,
+        "Seconds after which a worker that does not respond is killed and replaced, with --workers=2 or more. The time "
+        "to load a model does not count.",
+        _positive,
+    )
     threads: int = _setting(
         0, "Threads that run the model. 0 means one per CPU of the quota, divided among the workers.", _between(0, 1024)
     )
