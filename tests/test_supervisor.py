@@ -231,7 +231,7 @@ def test_a_worker_that_cannot_start_for_lack_of_descriptors_is_tried_again(two: 
     assert two.stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
 def test_a_stop_answers_what_every_worker_has_accepted(
     number: signal.Signals, tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
