@@ -268,6 +268,26 @@ def test_the_workers_end_when_their_supervisor_is_killed(two: Server) -> None:
     wait_for(lambda: not any(is_alive(worker) for worker in processes), "the end of the workers")
 
 
+def test_a_start_removes_the_metrics_of_a_killed_server_and_keeps_those_of_a_running_one() -> None:
+    def metrics_directories(server: Server) -> set[str]:
+        variables = (Path(f"/proc/{children(server.process.pid)[0]}/environ")).read_text().split("\0")
+        return {text.partition("=")[2] for text in variables if text.startswith("PROMETHEUS_MULTIPROC_DIR=")}
+
+    flags = (TWO_WORKERS, "--predictor=tests.support.predictors:Echo")
+    with run_server(*flags) as running:
+        (kept,) = metrics_directories(running)
+        with run_server(*flags) as killed:
+            (left,) = metrics_directories(killed)
+            processes = (killed.process.pid, *children(killed.process.pid))
+            for process_id in processes:
+                os.kill(process_id, signal.SIGKILL)
+            wait_for(lambda: not any(map(is_alive, processes)), "the end of the processes")
+        assert Path(left).exists()
+        with run_server(*flags):
+            assert not Path(left).exists()
+            assert Path(kept).exists()
+
+
 def test_an_error_in_the_first_start_of_a_worker_ends_the_server_with_its_exit_code(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model")
 

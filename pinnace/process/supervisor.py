@@ -26,6 +26,7 @@ from pinnace.models.storage import fetch_model
 from pinnace.observability.metrics import MULTIPROCESS_ENV
 from pinnace.process import STOP_SIGNALS
 from pinnace.process.sockets import FORCE_EXIT, PING, SOCKETS_ENV, STOP, bind_http, reserve_grpc
+from pinnace.runtimes.directory_lock import temporary_directory
 from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV
 from pinnace.settings import Settings
 
@@ -52,27 +53,27 @@ def run(settings: Settings) -> int:
     if model := fetch_model(settings):
         flags["model_dir"] = model
     command = [sys.executable, *sys.orig_argv[1:], *(f"--{name}={value}" for name, value in flags.items())]
-    in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
     with (
-        tempfile.TemporaryDirectory(prefix="pinnace-metrics-", dir=in_memory) as metrics_dir,
-        tempfile.TemporaryDirectory(prefix="pinnace-weights-", dir=_weights_directory()) as weights_dir,
+        temporary_directory("pinnace-worker-metrics-", in_memory) as metrics_dir,
+        temporary_directory("pinnace-worker-weights-", _weights_directory()) as weights_dir,
     ):
-        environment = {MULTIPROCESS_ENV: metrics_dir, SHARED_WEIGHTS_ENV: weights_dir}
+        environment = {MULTIPROCESS_ENV: str(metrics_dir), SHARED_WEIGHTS_ENV: str(weights_dir)}
         supervisor = Supervisor(
             command, http, environment, settings.grace_period_seconds, settings.worker_timeout_seconds
         )
         return asyncio.run(supervisor.run(settings.workers))
 
 
-def _weights_directory() -> str:
+def _weights_directory() -> Path:
     """Return the directory for shared weights: the temporary directory, or /dev/shm if nothing else is writable.
 
     If the weights do not fit there, the workers do not share them.
     """
     try:
-        return tempfile.gettempdir()
+        return Path(tempfile.gettempdir())
     except FileNotFoundError:
-        return str(SHARED_MEMORY)
+        return SHARED_MEMORY
 
 
 class Worker:
