@@ -313,6 +313,11 @@ def test_a_port_in_use_stops_the_start_with_its_exit_code_and_one_line(flag: str
             7,
             "pinnace: FailingLoad failed to load: RuntimeError: no such ta",
         ),
+        (
+            ["--predictor=tests.support.predictors:HugeLoad"],
+            7,
+            "pinnace: HugeLoad failed to load: not enough memory, MemoryError: ",
+        ),
     ],
 )
 def test_a_failing_start_ends_with_its_exit_code_and_one_line(flags: list[str], code: int, problem: str) -> None:

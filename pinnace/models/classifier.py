@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinnace.errors import InvalidInput, ModelLoadError, TooLarge, one_line
+from pinnace.memory import is_out_of_memory
 from pinnace.models import image
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Arrays, Predictor, Request, RequestedOutput, Response
-from pinnace.runtimes.onnx import OnnxSession
+from pinnace.runtimes.onnx import NO_MEMORY, OnnxSession
 from pinnace.tensors import Tensor, TensorSpec
 
 DEFAULT_OUTPUT = "output-0"
@@ -139,6 +140,8 @@ class Classifier(Predictor):
         try:
             logits = self.predict({"pixels": np.zeros((1, *self.row_shape), np.float32)})["logits"]
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            if is_out_of_memory(error):
+                raise ModelLoadError(NO_MEMORY.format(self.model_dir, one_line(error))) from error
             raise ModelLoadError(
                 f"{self.model_dir} does not run ({one_line(error)}); export the model again"
             ) from error
