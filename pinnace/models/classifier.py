@@ -85,9 +85,14 @@ class Classifier(Predictor):
     def postprocess(self, predictions: Arrays, request: Request) -> Response:
         """Return the requested outputs, or `output-0`, and the request's time so far, as the tutorial's model does.
 
-        Raises InvalidInput if an output's `classification` parameter is invalid.
+        Raises InvalidInput if an output's `classification` parameter is invalid, or if the logits of a row are not
+        finite: its numbers, though finite, are too large for the arithmetic of the model.
         """
         logits = predictions["logits"]
+        is_finite = np.isfinite(logits)
+        if not is_finite.all():
+            row = int(np.argmin(is_finite.all(axis=1)))
+            raise InvalidInput(f"row {row}: the model's result is not finite, since the input's values are too large")
         order = np.argsort(-logits, axis=1, kind="stable")
         requested = request.outputs or (RequestedOutput(DEFAULT_OUTPUT),)
         outputs = [self._output(output, logits, order) for output in requested]
