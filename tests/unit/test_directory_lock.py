@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +33,12 @@ def test_the_directory_of_a_killed_process_is_removed_and_that_of_a_living_one_i
     (tmp_path / "held-link").symlink_to("other")
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        held = Path(process.stdout.readline().strip())
-        with temporary_directory("held-", tmp_path):
-            assert (held / "file").exists()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            held = Path(process.stdout.readline().strip())
+            with temporary_directory("held-", tmp_path):
+                assert (held / "file").exists()
+        finally:
+            process.kill()
 
     assert held.exists()
     with temporary_directory("held-", tmp_path) as directory:

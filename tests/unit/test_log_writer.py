@@ -106,6 +106,7 @@ def test_lines_survive_a_file_that_another_process_made_non_blocking(pipe: tuple
     assert [int(reader.readline().split()[0]) for _ in range(50)] == list(range(50))
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # of Python 3.12
 def test_a_forked_process_writes_its_lines_itself(pipe: tuple[TextIO, TextIO]) -> None:
     reader, writer = pipe
     logger = make_logger(writer)
