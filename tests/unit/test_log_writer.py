@@ -67,6 +67,32 @@ def test_lines_that_nobody_reads_are_dropped_and_counted(
     assert report.startswith(f"{LINES - len(numbers)} log lines were dropped since the start: file descriptor ")
 
 
+def test_a_line_to_a_pipe_that_is_read_is_written_at_once(pipe: tuple[TextIO, TextIO]) -> None:
+    reader, writer = pipe
+    os.set_blocking(reader.fileno(), False)
+    logger = make_logger(writer)
+
+    for _ in range(100):
+        logger.info("now")
+        assert os.read(reader.fileno(), 100) == b"now\n"
+
+
+def test_lines_keep_their_order_when_the_pipe_fills_and_empties(pipe: tuple[TextIO, TextIO]) -> None:
+    reader, writer = pipe
+    logger = make_logger(writer)
+
+    found = []
+    for number in range(4000):  # more than the pipe takes without the thread
+        logger.info("%d %s", number, LINE[:100])
+        if number % 1000 > 700:
+            found += [reader.readline(), reader.readline()] if len(found) < number - 1 else []
+    logger.info("end")
+    while (line := reader.readline()) != "end\n":
+        found.append(line)
+
+    assert [int(line.split()[0]) for line in found] == list(range(4000))
+
+
 def test_a_flush_waits_for_a_reader_but_not_for_ever(pipe: tuple[TextIO, TextIO]) -> None:
     reader, writer = pipe
     logger = make_logger(writer)
