@@ -81,11 +81,11 @@ def test_lines_keep_their_order_when_the_pipe_fills_and_empties(pipe: tuple[Text
     reader, writer = pipe
     logger = make_logger(writer)
 
-    found = []
+    found: list[str] = []
     for number in range(4000):  # more than the pipe takes without the thread
         logger.info("%d %s", number, LINE[:100])
-        if number % 1000 > 700:
-            found += [reader.readline(), reader.readline()] if len(found) < number - 1 else []
+        if number % 1000 > 700 and len(found) < number:
+            found += [reader.readline(), reader.readline()]
     logger.info("end")
     while (line := reader.readline()) != "end\n":
         found.append(line)
