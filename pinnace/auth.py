@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import hmac
+from collections.abc import Sequence
+from pathlib import Path
 
-from pinnace.errors import ConfigurationError, Unauthenticated, one_line
+from pinnace.errors import ConfigurationError, Unauthenticated
 from pinnace.settings import Settings
 
 
@@ -13,17 +16,10 @@ class Authenticator:
     """The checks that --api_key_file and --ssl_ca_certs require; without these flags every request passes."""
 
     def __init__(self, settings: Settings) -> None:
-        """Read the keys. Raises ConfigurationError if --api_key_file cannot be read or is empty."""
+        """Read the keys. Raises ConfigurationError if --api_key_file cannot be read, is invalid or has no key."""
         self.requires_client_certificate = settings.ssl_ca_certs is not None
-        self._digests: list[bytes] = []
-        if settings.api_key_file:
-            try:
-                keys = settings.api_key_file.read_text().split()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigurationError(f"--api_key_file cannot be read: {one_line(error)}") from None
-            if not keys:
-                raise ConfigurationError(f"--api_key_file={settings.api_key_file} contains no key")
-            self._digests = [_digest(key) for key in keys]
+        keys = _read_keys(settings.api_key_file) if settings.api_key_file else []
+        self._digests = [_digest(key) for key in keys]
 
     @property
     def is_required(self) -> bool:
@@ -47,6 +43,30 @@ class Authenticator:
         """Compare the key with all known keys, in constant time."""
         digest = _digest(key)
         return any([hmac.compare_digest(digest, known) for known in self._digests])
+
+
+def _read_keys(file: Path) -> Sequence[str]:
+    """Return the keys of a file, one per line without the white space around it. Skip comments and empty lines.
+
+    Errors name the line, and never contain the key. Raises ConfigurationError.
+    """
+    try:
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ConfigurationError(f"--api_key_file={file} cannot be read: {error.strerror}") from None
+    keys = []
+    for number, line in enumerate(content.splitlines(), 1):
+        key = line.strip()
+        if not key or key.startswith(b"#"):
+            continue
+        if len(key.split()) > 1:
+            raise ConfigurationError(f"--api_key_file={file}, line {number}: a key must not contain a blank")
+        if not all(0x21 <= character <= 0x7E for character in key):
+            raise ConfigurationError(f"--api_key_file={file}, line {number}: a key must be of visible ASCII characters")
+        keys.append(key.decode())
+    if not keys:
+        raise ConfigurationError(f"--api_key_file={file} contains no key")
+    return keys
 
 
 def _digest(key: str) -> bytes:

@@ -165,6 +165,19 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def escape_unprintable(text: str) -> str:
+    r"""Return the text with characters that are not printable written as escapes, such as `\x1b` or `\n`.
+
+    These are control characters, line and paragraph separators, lone surrogates, and characters that have no shape,
+    such as those that change the direction of text. In a log they would split a line, or command a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 class StartupError(Exception):
     """Base class of the errors that end the process. `str(error)` is one line that says what to do."""
 

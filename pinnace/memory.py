@@ -9,6 +9,7 @@ of the arena to the kernel at once, which has to clear it page by page for the n
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 from pathlib import Path
@@ -19,6 +20,23 @@ from pinnace.cgroups import cgroup_directories, read_limit
 M_ARENA_MAX = (-8, 1)
 M_MMAP_THRESHOLD = (-3, 32 * 1024 * 1024)
 M_TRIM_THRESHOLD = (-1, 64 * 1024 * 1024)
+
+# What the C++ library, ONNX Runtime, CUDA, the C library and the dynamic linker say when memory is refused.
+OUT_OF_MEMORY_TEXTS = (
+    "bad_alloc",
+    "failed to allocate memory",
+    "out of memory",
+    "cannot allocate memory",
+    "failed to map segment from shared object",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, which a library may have made of another, says that there is not enough memory."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    text = str(error).lower()
+    return any(part in text for part in OUT_OF_MEMORY_TEXTS)
 
 
 def available_bytes(root: Path = Path("/")) -> int:

@@ -269,7 +269,9 @@ class Predictor(ABC):
             request: The request, as `preprocess` received it.
 
         Returns:
-            The response. Outputs that the client did not request are left out by the server.
+            The response. Outputs that the client did not request are left out by the server. Numbers are sent as they
+            are; NaN and infinity become null in JSON, which has neither. A predictor for which they are an error raises
+            InvalidInput here, as the classifier does: then only the request that caused them fails, not its batch.
 
         Raises:
             InvalidInput: The client gets 400 or INVALID_ARGUMENT with this text, for example for a parameter of a

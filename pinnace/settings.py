@@ -128,8 +128,8 @@ class Settings:
     )
     api_key_file: Path | None = _setting(
         None,
-        "File with API keys, one per line. A client that does not send one of them as Authorization: Bearer KEY gets "
-        "401 or UNAUTHENTICATED for all but probes.",
+        "File with API keys, one per line; lines that begin with # are comments. A client that does not send one of "
+        "them as Authorization: Bearer KEY gets 401 or UNAUTHENTICATED for all but probes.",
     )
     cors_allow_origins: str = _setting(
         "", "Origins of web pages that may call the server (CORS), separated by commas. * allows all. If empty: none."
@@ -199,6 +199,12 @@ class Settings:
         1,
         "Server processes. They share the ports and the CPUs; limits on requests hold for each process.",
         _between(1, 256),
+    )
+    worker_timeout_seconds: int = _setting(
+        30,
+        "Seconds after which a worker that does not respond is killed and replaced, with --workers=2 or more. The time "
+        "to load a model does not count.",
+        _positive,
     )
     threads: int = _setting(
         0, "Threads that run the model. 0 means one per CPU of the quota, divided among the workers.", _between(0, 1024)

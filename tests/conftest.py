@@ -26,9 +26,11 @@ SLOW = {"slow": ("`make test-all` runs it", 900), "ray": ("needs Ray: `make test
 
 
 def pytest_configure() -> None:
-    """Stop ignoring SIGINT: a shell has its background commands ignore it, and what the tests start would too."""
+    """Stop ignoring SIGINT and SIGHUP: a shell or nohup may ignore them, and what the tests start would too."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ import grpc
 import httpx
 import pytest
 
-from tests.support.certificates import Identity, make_identity
+from tests.support.certificates import Identity, encrypt_key, make_identity
 from tests.support.clients import call_grpc, make_image_request
 from tests.support.servers import PROJECT, Server, expect_start_failure, run_server
 
@@ -239,21 +239,32 @@ def test_the_healthcheck_works_over_tls(own: Identity, authority: Identity) -> N
             "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: ",
         ),
         (
-            ["--ssl_certfile=/nowhere", "--ssl_keyfile={key}"],
+            ["--ssl_certfile={own}", "--ssl_keyfile={encrypted}"],
             "--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: ",
         ),
-        (["--api_key_file=/nowhere"], "--api_key_file cannot be read: "),
-        (["--api_key_file={empty}"], "--api_key_file="),
+        (
+            ["--ssl_certfile=/nowhere", "--ssl_keyfile={key}"],
+            "--ssl_certfile=/nowhere cannot be read: No such file or directory",
+        ),
+        (
+            ["--ssl_certfile={own}", "--ssl_keyfile=/nowhere"],
+            "--ssl_keyfile=/nowhere cannot be read: No such file or directory",
+        ),
+        (["--api_key_file=/nowhere"], "--api_key_file=/nowhere cannot be read: No such file or directory"),
+        (["--api_key_file={empty}"], "--api_key_file={empty} contains no key"),
+        (["--api_key_file={words}"], "--api_key_file={words}, line 1: a key must not contain a blank"),
     ],
 )
 def test_unusable_certificate_or_key_files_stop_the_start(
     flags: list[str], problem: str, own: Identity, tmp_path: Path
 ) -> None:
-    empty = tmp_path / "empty"
-    empty.write_text("\n")
-    formatted = [flag.format(own=own.certificate, key=own.key, empty=empty) for flag in flags]
+    files = {"own": own.certificate, "key": own.key, "empty": tmp_path / "empty", "words": tmp_path / "words"}
+    files["empty"].write_text("\n")
+    files["words"].write_text("two words\n")
+    files["encrypted"] = encrypt_key(own.key, tmp_path)
+    formatted = [flag.format(**files) for flag in flags]
 
     code, lines = expect_start_failure(ECHO, "--http_port=0", "--grpc_port=0", *formatted)
 
     assert (code, len(lines)) == (2, 1)
-    assert lines[0].startswith(f"pinnace: {problem}")
+    assert lines[0].startswith(f"pinnace: {problem.format(**files)}")

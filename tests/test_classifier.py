@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 import onnx
 import pytest
@@ -19,8 +22,10 @@ from pinnace.models.classifier import Classifier
 from pinnace.predictor import Request
 from pinnace.settings import Settings
 from pinnace.tensors import Tensor
+from tests.support.clients import call_grpc, make_tensor_request
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS, encode_picture
 from tests.support.reference import compute_original_logits
+from tests.support.servers import Server
 
 if TYPE_CHECKING:
     from model_export.source import Source
@@ -41,6 +46,45 @@ def make_request(*pictures: bytes) -> Request:
 
 def compute_logits(classifier: Classifier, request: Request) -> NDArray[np.float32]:
     return classifier.predict(classifier.preprocess(request))["logits"]
+
+
+def make_overflowing_tensor() -> NDArray[np.float32]:
+    """Return finite pixels whose products are not finite."""
+    return np.full((1, 3, 224, 224), 3e38, np.float32)
+
+
+def test_an_input_that_overflows_in_the_model_fails_alone_in_its_batch(classifier: Classifier) -> None:
+    good = make_request(CAT)
+    bad = Request("alexnet", (Tensor("image", make_overflowing_tensor()),))
+    alone = classifier.postprocess(classifier.predict(classifier.preprocess(good)), good)
+
+    rows = [classifier.preprocess(request)["pixels"] for request in (good, bad, good)]
+    logits = classifier.predict({"pixels": np.concatenate(rows)})["logits"]
+
+    with pytest.raises(InvalidInput, match="row 0: the model's result is not finite, since the input's values are too"):
+        classifier.postprocess({"logits": logits[1:2]}, bad)
+    with pytest.raises(InvalidInput, match="row 1: "):
+        classifier.postprocess({"logits": logits}, bad)
+    for row in (0, 2):
+        (output,) = classifier.postprocess({"logits": logits[row : row + 1]}, good).outputs
+        np.testing.assert_array_equal(output.array, alone.outputs[0].array)
+
+
+def test_an_input_that_overflows_in_the_model_gets_400_over_every_protocol(server: Server, google: ModuleType) -> None:
+    pixels = make_overflowing_tensor()
+    tensor = {"name": "input-0", "datatype": "FP32", "shape": list(pixels.shape), "data": [3e38] * pixels.size}
+    problem = "row 0: the model's result is not finite, since the input's values are too large"
+
+    for path, body in (
+        ("/v1/models/custom-model:predict", {"instances": [{"data": pixels[0].tolist()}]}),
+        ("/v2/models/custom-model/infer", {"inputs": [tensor]}),
+        ("/v2/models/custom-model/infer", {"inputs": [tensor], "outputs": [{"name": "probabilities"}]}),
+    ):
+        response = server.post(path, json.dumps(body))
+        assert (response.status_code, response.json()) == (400, {"error": problem})
+    with grpc.insecure_channel(server.grpc_address) as channel, pytest.raises(grpc.RpcError) as caught:
+        call_grpc(channel, google, "ModelInfer", make_tensor_request(google, pixels, raw=True))
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, problem)
 
 
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, *MODES])

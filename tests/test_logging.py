@@ -326,6 +326,28 @@ def test_a_request_id_is_in_every_response_and_in_its_log_lines(tmp_path: Path, 
     ]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--log_format=json"], ["--access_log_format=%(r)s %({x-request-id}i)s"], ["--log_config_file={file}"]],
+)
+def test_a_header_cannot_split_a_log_line_or_command_a_terminal(flags: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "logging.json"
+    file.write_text(json.dumps(TUTORIALS_CONFIGURATION))
+    body = b'{"instances": ["a"]}'
+    head = b"POST /v1/models/custom-model:predict HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n" % len(body)
+
+    def send_requests(server: Server) -> None:
+        with server.connect() as connection:
+            connection.sendall(head + b"x-request-id: a\x85b\x9b31m\r\nconnection: close\r\n\r\n" + body)
+            while connection.recv(65536):
+                pass
+
+    out, err = run_and_read_output(tmp_path, send_requests, *[flag.replace("{file}", str(file)) for flag in flags])
+
+    assert all(line.isprintable() for line in out + err)
+    assert [line for line in out + err if r"\x85b" in line and r"\x9b31m" in line]
+
+
 def test_a_failure_is_logged_with_its_request_id() -> None:
     with run_server("--predictor=tests.support.predictors:Failing") as server:
         server.predict(json.dumps({"instances": ["RuntimeError"]}), x_request_id="mine")

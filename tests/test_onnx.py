@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from pinnace.cpus import available_cpus
 from pinnace.errors import DeviceUnavailable, ModelFileNotFound, ModelLoadError
 from pinnace.runtimes.onnx import OnnxSession, gpu_memory_bytes
 from tests.support.cuda import HAS_CUDA
+from tests.support.servers import PROJECT
 
 PIXELS = np.zeros((1, 3, 224, 224), np.float32)
 
@@ -113,6 +116,37 @@ def test_a_damaged_model_is_an_error_of_one_line(damage: str, model_copy: Path) 
     assert str(error.value).startswith(f"{model_copy}/model.onnx cannot be loaded (")
     assert str(error.value).endswith("; export the model again")
     assert "\n" not in str(error.value)
+
+
+LOAD_WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from pinnace.errors import ModelLoadError
+from pinnace.runtimes.onnx import OnnxSession, load_onnxruntime
+
+if sys.argv[3] == "loaded":
+    load_onnxruntime()
+used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit_bytes = used_bytes + int(sys.argv[2]) * 1024 * 1024
+resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+try:
+    OnnxSession(Path(sys.argv[1]), "cpu", 1)
+except ModelLoadError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "runtime", "what"),
+    [(2, "not loaded", "ONNX Runtime"), (40, "loaded", "model.onnx"), (300, "loaded", "model.onnx")],
+)
+def test_a_lack_of_memory_is_not_blamed_on_the_model(free_mib: int, runtime: str, what: str, model_dir: Path) -> None:
+    command = [sys.executable, "-c", LOAD_WITH_LITTLE_MEMORY, str(model_dir), str(free_mib), runtime]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.stdout.startswith("not enough memory to load "), done
+    assert what in done.stdout
+    assert "export" not in done.stdout
 
 
 @pytest.fixture

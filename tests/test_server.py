@@ -20,6 +20,7 @@ import grpc
 import httpx
 import pytest
 
+from bench.server_process import children
 from tests.support.clients import call_grpc, infer_over_grpc, make_v1_request, predict_over_rest
 from tests.support.pictures import CAT
 from tests.support.servers import (
@@ -38,7 +39,7 @@ ECHO = "--predictor=tests.support.predictors:Echo"
 IMPORTED = re.compile(r"^import time:.*\| +(\S+)$")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
 def test_a_signal_ends_an_idle_server_with_exit_0(number: signal.Signals) -> None:
     with run_server("--predictor=tests.support.predictors:Echo") as server:
         assert server.stop(number) == 0
@@ -46,7 +47,19 @@ def test_a_signal_ends_an_idle_server_with_exit_0(number: signal.Signals) -> Non
     assert server.log[-1].endswith("stopped\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_that_nohup_has_started_ignores_the_end_of_its_terminal(workers: int) -> None:
+    command = ["nohup", sys.executable, "app.py", ECHO, "--host=127.0.0.1", "--http_port=0", "--grpc_port=0"]
+    with run_command([*command, f"--workers={workers}"]) as server:
+        for process_id in (server.process.pid, *children(server.process.pid)):
+            os.kill(process_id, signal.SIGHUP)
+        assert server.get("/v2/health/ready").status_code == 200
+        assert server.stop() == 0
+
+    assert len([line for line in server.log if STOPPING.search(line)]) == workers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_requests_in_flight_on_both_ports_are_answered_before_the_server_stops(
     number: signal.Signals, tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
@@ -299,6 +312,11 @@ def test_a_port_in_use_stops_the_start_with_its_exit_code_and_one_line(flag: str
             ["--predictor=tests.support.predictors:FailingLoad"],
             7,
             "pinnace: FailingLoad failed to load: RuntimeError: no such ta",
+        ),
+        (
+            ["--predictor=tests.support.predictors:HugeLoad"],
+            7,
+            "pinnace: HugeLoad failed to load: not enough memory, MemoryError: ",
         ),
     ],
 )

@@ -7,6 +7,9 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -22,6 +25,7 @@ from tests.support.clients import call_grpc, infer_over_grpc, make_image_request
 from tests.support.metrics import metric_value, requests_by_outcome
 from tests.support.pictures import CAT
 from tests.support.servers import (
+    PROJECT,
     TWO_WORKERS,
     Server,
     expect_start_failure,
@@ -136,6 +140,56 @@ def test_a_killed_worker_with_a_surviving_child_process_is_replaced(tmp_path: Pa
         assert server.stop() == 0
 
 
+def test_a_worker_that_hangs_is_killed_and_replaced_while_the_other_answers(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    flags = (TWO_WORKERS, "--predictor=tests.support.predictors:ProcessId", f"--model_dir={tmp_path}")
+    with run_server(*flags, "--worker_timeout_seconds=3") as server:
+        hanging, other = find_workers(server)
+        os.kill(hanging, signal.SIGSTOP)
+        server.wait_for_line(re.compile(rf"worker process {hanging} has not responded for 3 s .*: killed"))
+        server.wait_for_line(re.compile(r"worker \d exited with code 137: restarting in 0\.5 s"))
+        assert {get_answering_process(server) for _ in range(10)} == {other}
+        assert hanging not in find_workers(server)
+        assert server.stop() == 0
+
+
+def test_workers_outlive_a_pause_of_all_processes(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    flags = (TWO_WORKERS, "--predictor=tests.support.predictors:ProcessId", f"--model_dir={tmp_path}")
+    with run_server(*flags, "--worker_timeout_seconds=2") as server:
+        workers = find_workers(server)
+        processes = (server.process.pid, *workers)
+        for process_id in processes:
+            os.kill(process_id, signal.SIGSTOP)
+        time.sleep(4)  # the pause of which nobody may learn
+        for process_id in reversed(processes):
+            os.kill(process_id, signal.SIGCONT)
+        assert find_workers(server) == workers
+        assert server.stop() == 0
+
+    assert not [line for line in server.log if "killed" in line]
+
+
+def test_workers_that_load_longer_than_the_worker_timeout_are_not_killed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    flags = ("--predictor=tests.support.predictors:GatedLoad", f"--model_dir={tmp_path}", "--worker_timeout_seconds=2")
+    command = [sys.executable, "app.py", "--host=127.0.0.1", "--http_port=0", "--grpc_port=0", TWO_WORKERS, *flags]
+    with subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        server = Server(process, process.stderr)
+        try:
+            with (tmp_path / "gate").open("wb"):
+                wait_for(lambda: len(children(process.pid)) == WORKERS, "both workers")
+                workers = children(process.pid)
+                time.sleep(4)  # longer than the timeout
+                assert children(process.pid) == workers
+            server.wait_until_ready()
+            assert children(process.pid) == workers
+            assert server.stop() == 0
+        finally:
+            server.kill()
+
+
 def test_workers_that_get_the_signal_too_answer_what_they_have_accepted(
     tmp_path: Path, make_gate: Callable[[str], Path]
 ) -> None:
@@ -179,7 +233,7 @@ def test_a_worker_that_cannot_start_for_lack_of_descriptors_is_tried_again(two: 
     assert two.stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
 def test_a_stop_answers_what_every_worker_has_accepted(
     number: signal.Signals, tmp_path: Path, make_gate: Callable[[str], Path], google: ModuleType
 ) -> None:
@@ -214,6 +268,26 @@ def test_the_workers_end_when_their_supervisor_is_killed(two: Server) -> None:
     two.process.kill()
 
     wait_for(lambda: not any(is_alive(worker) for worker in processes), "the end of the workers")
+
+
+def test_a_start_removes_the_metrics_of_a_killed_server_and_keeps_those_of_a_running_one() -> None:
+    def metrics_directories(server: Server) -> set[str]:
+        variables = (Path(f"/proc/{children(server.process.pid)[0]}/environ")).read_text().split("\0")
+        return {text.partition("=")[2] for text in variables if text.startswith("PROMETHEUS_MULTIPROC_DIR=")}
+
+    flags = (TWO_WORKERS, "--predictor=tests.support.predictors:Echo")
+    with run_server(*flags) as running:
+        (kept,) = metrics_directories(running)
+        with run_server(*flags) as killed:
+            (left,) = metrics_directories(killed)
+            processes = (killed.process.pid, *children(killed.process.pid))
+            for process_id in processes:
+                os.kill(process_id, signal.SIGKILL)
+            wait_for(lambda: not any(map(is_alive, processes)), "the end of the processes")
+        assert Path(left).exists()
+        with run_server(*flags):
+            assert not Path(left).exists()
+            assert Path(kept).exists()
 
 
 def test_an_error_in_the_first_start_of_a_worker_ends_the_server_with_its_exit_code(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import hypercorn.asyncio
@@ -51,7 +52,15 @@ class HttpServer:
         self._config.errorlog = logging.getLogger("hypercorn.error")
 
     def _configure_tls(self, settings: Settings) -> None:
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+            file: Path | None = getattr(settings, name)
+            try:
+                if file:
+                    file.open("rb").close()
+            except OSError as error:
+                raise ConfigurationError(f"--{name}={file} cannot be read: {error.strerror}") from None
         config = self._config
+        config.keyfile_password = ""  # otherwise OpenSSL asks for it on the terminal
         config.certfile, config.keyfile = str(settings.ssl_certfile), str(settings.ssl_keyfile)
         config.ssl_handshake_timeout = settings.read_timeout_seconds
         if settings.ssl_ca_certs:

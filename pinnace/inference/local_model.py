@@ -19,6 +19,7 @@ from pinnace.inference.call import InferenceCall
 from pinnace.inference.codec import EncodedResponse
 from pinnace.inference.model import Model
 from pinnace.inference.scheduler import Scheduler
+from pinnace.memory import is_out_of_memory
 from pinnace.observability.logging import banner
 from pinnace.observability.metrics import Metrics
 from pinnace.predictor import Arrays, ModelMetadata, Predictor, PreprocessCost, Request
@@ -89,8 +90,9 @@ class LocalModel(Model):
         except StartupError:
             raise
         except (Exception, SystemExit) as error:
+            problem = "not enough memory, " if is_out_of_memory(error) else ""
             raise PredictorError(
-                f"{self._class.__qualname__} failed to load: {type(error).__name__}: {one_line(error)}"
+                f"{self._class.__qualname__} failed to load: {problem}{type(error).__name__}: {one_line(error)}"
             ) from error
         if predictor.warning:
             for line in banner(f"{self.name}: {predictor.warning}"):

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinnace.errors import InvalidInput, ModelLoadError, TooLarge, one_line
+from pinnace.memory import is_out_of_memory
 from pinnace.models import image
 from pinnace.models.model_card import ModelCard
 from pinnace.predictor import Arrays, Predictor, PreprocessCost, Request, RequestedOutput, Response
-from pinnace.runtimes.onnx import OnnxSession
+from pinnace.runtimes.onnx import NO_MEMORY, OnnxSession
 from pinnace.tensors import Tensor, TensorSpec
 
 DEFAULT_OUTPUT = "output-0"
@@ -122,9 +123,14 @@ class Classifier(Predictor):
     def postprocess(self, predictions: Arrays, request: Request) -> Response:
         """Return the requested outputs, or `output-0`, and the request's time so far, as the tutorial's model does.
 
-        Raises InvalidInput if an output's `classification` parameter is invalid.
+        Raises InvalidInput if an output's `classification` parameter is invalid, or if the logits of a row are not
+        finite: its numbers, though finite, are too large for the arithmetic of the model.
         """
         logits = predictions["logits"]
+        is_finite = np.isfinite(logits)
+        if not is_finite.all():
+            row = int(np.argmin(is_finite.all(axis=1)))
+            raise InvalidInput(f"row {row}: the model's result is not finite, since the input's values are too large")
         order = np.argsort(-logits, axis=1, kind="stable")
         requested = request.outputs or (RequestedOutput(DEFAULT_OUTPUT),)
         outputs = [self._output(output, logits, order) for output in requested]
@@ -178,6 +184,8 @@ class Classifier(Predictor):
         try:
             logits = self.predict({"pixels": np.zeros((1, *self.row_shape), np.float32)})["logits"]
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            if is_out_of_memory(error):
+                raise ModelLoadError(NO_MEMORY.format(self.model_dir, one_line(error))) from error
             raise ModelLoadError(
                 f"{self.model_dir} does not run ({one_line(error)}); export the model again"
             ) from error

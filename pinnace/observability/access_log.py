@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pinnace.observability.logging import ACCESS_LOGGER, FORMATTED_ACCESS_LOGGER, status_phrase
+from pinnace.errors import escape_unprintable
+from pinnace.observability.logging import ACCESS_LOGGER, FORMATTED_ACCESS_LOGGER, EscapedArguments, status_phrase
 from pinnace.observability.timings import start_timings
 
 REQUEST_ID_HEADER = b"x-request-id"
@@ -71,14 +72,19 @@ def log_request(
     """
     if not access_log_format:
         uvicorn_logger.info(
-            '%s - "%s %s HTTP/%s" %s', _address(scope), scope["method"], _target(scope), scope["http_version"], status
+            '%s - "%s %s HTTP/%s" %s',
+            _address(scope),
+            escape_unprintable(scope["method"]),
+            _target(scope),
+            scope["http_version"],
+            status,
         )
         return
     seconds = time.perf_counter() - started_at
     formatted_logger.info(access_log_format, Atoms(scope, status, sent_bytes, response_headers, seconds))
 
 
-class Atoms(dict[str, Any]):
+class Atoms(EscapedArguments):
     """The values that a format can name, with asgi-logger's names. Any other name gives "-"."""
 
     def __init__(
@@ -89,22 +95,22 @@ class Atoms(dict[str, Any]):
         response_headers: Iterable[tuple[bytes, bytes]],
         seconds: float,
     ) -> None:
-        client, path = scope.get("client") or ("-", 0), scope["raw_path"].decode("latin-1")
-        protocol = f"HTTP/{scope['http_version']}"
-        request_line = f"{scope['method']} {_target(scope)} {protocol}"
-        headers = {f"{{{name.decode('latin-1')}}}i": value.decode("latin-1") for name, value in scope["headers"]}
-        headers |= {f"{{{name.decode('latin-1')}}}o": value.decode("latin-1") for name, value in response_headers}
+        client, path = scope.get("client") or ("-", 0), _text(scope["raw_path"])
+        protocol, method = f"HTTP/{scope['http_version']}", escape_unprintable(scope["method"])
+        request_line = f"{method} {_target(scope)} {protocol}"
+        headers = {f"{{{_text(name)}}}i": _text(value) for name, value in scope["headers"]}
+        headers |= {f"{{{_text(name)}}}o": _text(value) for name, value in response_headers}
         super().__init__(
             headers,
             h=client[0],
             client_addr=_address(scope),
             t=time.strftime("[%d/%b/%Y:%H:%M:%S %z]"),
-            r=f"{scope['method']} {path} {protocol}",
+            r=f"{method} {path} {protocol}",
             R=request_line,
             request_line=request_line,
-            m=scope["method"],
+            m=method,
             U=path,
-            q=scope["query_string"].decode("latin-1"),
+            q=_text(scope["query_string"]),
             H=protocol,
             s=status,
             st=status_phrase(status).partition(" ")[2],
@@ -122,7 +128,7 @@ class Atoms(dict[str, Any]):
 
     def __missing__(self, name: str) -> str:
         if name.startswith("{") and name.endswith("}e"):
-            return os.environ.get(name[1:-2], "-")
+            return escape_unprintable(os.environ.get(name[1:-2], "-"))
         return str(self[name.lower()]) if name.startswith("{") and name != name.lower() else "-"
 
 
@@ -133,8 +139,12 @@ def _address(scope: Mapping[str, Any]) -> str:
 
 def _target(scope: Mapping[str, Any]) -> str:
     """Return path and query as they were sent: decoded, they could contain a line break."""
-    path, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
+    path, query = _text(scope["raw_path"]), _text(scope["query_string"])
     return f"{path}?{query}" if query else path
+
+
+def _text(value: bytes) -> str:
+    return escape_unprintable(value.decode("latin-1"))
 
 
 def _grpc_status(trailers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -3,6 +3,9 @@
 Configurations written for KServe work unchanged. They name KServe's loggers, and loggers and classes of uvicorn, which
 is not installed. Therefore the loggers of this server and of Hypercorn have `kserve` and `uvicorn.error` as parents,
 access lines go to `uvicorn.access`, and uvicorn's formatter classes are replaced by those of this module.
+
+A record is one line, and no part of it is a command for a terminal: what is not printable in a message or in the text
+of an exception is escaped in the record itself, so that it holds for any formatter.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import json
 import logging
 import logging.config
 import sys
+import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from pinnace.errors import ConfigurationError, InternalError, ServingError, one_line
+from pinnace.errors import ConfigurationError, InternalError, ServingError, escape_unprintable, one_line
+from pinnace.observability.log_writer import QueuedStreamHandler
 from pinnace.observability.timings import LATENCY_LOGGER, current_request_id
 from pinnace.settings import Settings
 
@@ -30,6 +35,38 @@ LOGGER_PARENTS = {"pinnace": "kserve", "hypercorn.error": "uvicorn.error"}
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 RESET = "\033[0m"
 COLOURS = {"DEBUG": "\033[36m", "INFO": "\033[32m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[91m"}
+
+
+class EscapedArguments(dict[str, Any]):
+    """Arguments of a log message whose texts are escaped already, so that the message keeps tabs of its own."""
+
+
+class EscapedRecord(logging.LogRecord):
+    """A log record whose message and exception are printable: the message is one line, the traceback several."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.exc_info and self.exc_info[1]:
+            self.exc_text = format_exception(self.exc_info[1])  # which formatters use instead of their own
+
+    def getMessage(self) -> str:
+        """Return the message with its arguments, escaped."""
+        message = super().getMessage()
+        return message if isinstance(self.args, EscapedArguments) else escape_unprintable(message)
+
+
+def format_exception(error: BaseException) -> str:
+    """Return the traceback of an exception and of those that caused it, with the texts of all of them escaped."""
+    formatted = traceback.TracebackException(type(error), error, error.__traceback__)
+    found: list[traceback.TracebackException | None] = [formatted]
+    for exception in found:
+        if exception:
+            # The text is in a private attribute. Escaped afterwards, its line breaks could not be told from ours.
+            vars(exception)["_str"] = escape_unprintable(str(exception))
+            if exception.__notes__:
+                exception.__notes__ = [escape_unprintable(str(note)) for note in exception.__notes__]
+            found += [exception.__cause__, exception.__context__, *(exception.exceptions or ())]
+    return "\n".join(map(escape_unprintable, "".join(formatted.format()).rstrip("\n").split("\n")))
 
 
 class DefaultFormatter(logging.Formatter):
@@ -78,8 +115,19 @@ class JsonFormatter(logging.Formatter):
             entry["request_id"] = request_id
         entry |= {name: value for name, value in vars(record).items() if name not in self.STANDARD}
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str, ensure_ascii=False)
+            entry["exception"] = record.exc_text or self.formatException(record.exc_info)
+        line = json.dumps(entry, default=str, ensure_ascii=False)
+        return line if line.isprintable() else "".join(map(_escape_in_json, line))
+
+
+def _escape_in_json(character: str) -> str:
+    if character.isprintable():
+        return character
+    if character == "\x7f":  # the only control character that JSON may contain
+        return r"\u007f"
+    if "\ud800" <= character <= "\udfff":  # as text, since many readers of JSON refuse a lone surrogate
+        return rf"\\u{ord(character):04x}"
+    return json.dumps(character).strip('"')
 
 
 def banner(text: str) -> list[str]:
@@ -128,6 +176,7 @@ def set_up_logging(settings: Settings, environment: Mapping[str, str]) -> None:
 
             configure_logging(yaml.safe_load(file.read_text()))
         else:
+            logging.setLogRecordFactory(EscapedRecord)
             ini = configparser.RawConfigParser()
             ini.read_string(_translate(file.read_text()))
             logging.config.fileConfig(ini, disable_existing_loggers=False)
@@ -140,6 +189,7 @@ def configure_logging(configuration: dict[str, Any]) -> None:
 
     Configurations written for KServe work unchanged: uvicorn's formatter classes are replaced by the ones here.
     """
+    logging.setLogRecordFactory(EscapedRecord)
     logging.config.dictConfig(_translate(configuration))
 
 
@@ -185,7 +235,11 @@ def _default_configuration(level: str, log_format: str, colours: bool) -> dict[s
         "disable_existing_loggers": False,
         "formatters": formatters,
         "handlers": {
-            name: {"class": "logging.StreamHandler", "formatter": name, "stream": stream}
+            name: {
+                "class": f"{QueuedStreamHandler.__module__}.QueuedStreamHandler",
+                "formatter": name,
+                "stream": stream,
+            }
             for name, stream in streams.items()
         },
         "root": {"handlers": ["default"], "level": level},

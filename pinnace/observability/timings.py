@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
+from pinnace.errors import escape_unprintable
+
 LATENCY_LOGGER = "kserve.trace"
 HANDLERS = ("preprocess", "explain", "predict", "postprocess")
 
@@ -28,7 +30,7 @@ class RequestTimings:
 
     def __init__(self, request_id: str = "") -> None:
         """Start the clock. `request_id` is the client's x-request-id, empty if it sent none."""
-        self.request_id = request_id
+        self.request_id = escape_unprintable(request_id)
         self.started_at = time.perf_counter()
         self.model_name = ""
         """The model that the request is for, once it is known to exist."""

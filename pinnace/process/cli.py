@@ -18,7 +18,15 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import NoReturn
 
-from pinnace.errors import ConfigurationError, PackageMissing, RayHeadLost, ShutdownTimeout, StartupError
+from pinnace.errors import (
+    ConfigurationError,
+    PackageMissing,
+    RayHeadLost,
+    ShutdownTimeout,
+    StartupError,
+    escape_unprintable,
+)
+from pinnace.observability.log_writer import flush_standard_streams, print_error
 from pinnace.observability.logging import set_up_logging
 from pinnace.process import STOP_SIGNALS
 from pinnace.process.flags import CHECK, parse_settings, warn_of_unknown_variables
@@ -79,8 +87,7 @@ def _print(text: str) -> int:
 
 
 def _print_error(error: StartupError) -> None:
-    if sys.stderr:
-        sys.stderr.write(f"{NAME}: {error}\n")
+    print_error(f"{NAME}: {escape_unprintable(str(error))}")
 
 
 def _serve(flags: Sequence[str], program: str) -> NoReturn:
@@ -89,6 +96,7 @@ def _serve(flags: Sequence[str], program: str) -> NoReturn:
     Then end the process without waiting for threads: a predictor may have started one that never ends. Raises
     ConfigurationError for wrong flags; a later StartupError is printed here.
     """
+    _open_standard_descriptors()
     settings = parse_settings(flags, os.environ, program)
     set_up_logging(settings, os.environ)
     warn_of_unknown_variables(os.environ)
@@ -104,6 +112,18 @@ def _serve(flags: Sequence[str], program: str) -> NoReturn:
             _end(exit_code)  # at once: Ray's own end may never come back
     atexit._run_exitfuncs()
     _end(exit_code)
+
+
+def _open_standard_descriptors() -> None:
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed.
+
+    The next socket would get its number, and what a library prints would go to a client.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
 def _run(settings: Settings, check_only: bool) -> int:
@@ -158,8 +178,5 @@ def _stop_before_ready(signal_number: int, _: FrameType | None) -> None:
 def _end(exit_code: int) -> NoReturn:
     """End the process at once: a thread, or Ray, may never come back."""
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        if stream:
-            with suppress(OSError, RuntimeError):  # nobody reads it, or a signal has interrupted just that
-                stream.flush()
+    flush_standard_streams()
     os._exit(exit_code)

@@ -31,7 +31,16 @@ from pinnace.memory import default_decode_bytes, limit_malloc_arenas
 from pinnace.models.loader import load, make_models
 from pinnace.observability.metrics import Metrics
 from pinnace.process import STOP_SIGNALS
-from pinnace.process.sockets import FORCE_EXIT, READY, STOP, WorkerSockets, bind_http, raise_fd_limit, worker_sockets
+from pinnace.process.sockets import (
+    FORCE_EXIT,
+    PING,
+    READY,
+    STOP,
+    WorkerSockets,
+    bind_http,
+    raise_fd_limit,
+    worker_sockets,
+)
 from pinnace.process.summary import summarize
 from pinnace.runtimes.shared_weights import remove_shared_models
 from pinnace.settings import Settings
@@ -168,7 +177,7 @@ async def _watch_models(dataplane: DataPlane, stop: asyncio.Event) -> RayHeadLos
 
 
 def _connect_supervisor(control_socket: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event) -> None:
-    """Report ready to the supervisor, and from then on set `stop` or `force_exit` as its messages say.
+    """Report ready to the supervisor; from then on answer its pings, and set `stop` or `force_exit` as it says.
 
     If the supervisor disappears, set `stop`, and remove the shared models, which it can no longer do.
     """
@@ -180,6 +189,10 @@ def _connect_supervisor(control_socket: socket.socket, stop: asyncio.Event, forc
         message = b""
         with suppress(ConnectionResetError):
             message = control_socket.recv(len(STOP))
+        if message == PING:
+            with suppress(OSError):  # the supervisor is gone, which the next message says
+                control_socket.send(READY)
+            return
         (force_exit if message == FORCE_EXIT else stop).set()
         if not message:
             loop.remove_reader(control_socket)

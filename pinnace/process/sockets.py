@@ -13,8 +13,9 @@ from typing import Any
 from pinnace.errors import PortInUse
 
 SOCKETS_ENV = "PINNACE_INHERITED_SOCKETS"
-# Messages on a control socket: READY comes from the worker, the others from the supervisor.
-READY, STOP, FORCE_EXIT = b"R", b"S", b"A"
+# Messages on a control socket, of one byte each: READY comes from the worker, once it is ready and as the answer to
+# each PING; the others come from the supervisor.
+READY, PING, STOP, FORCE_EXIT = b"R", b"P", b"S", b"A"
 ALL_INTERFACES = ("::", "0.0.0.0")  # noqa: S104 what an empty --host means
 
 

@@ -26,7 +26,8 @@ from pinnace.memory import default_decode_bytes
 from pinnace.models.storage import fetch_model
 from pinnace.observability.metrics import MULTIPROCESS_ENV
 from pinnace.process import STOP_SIGNALS
-from pinnace.process.sockets import FORCE_EXIT, SOCKETS_ENV, STOP, bind_http, reserve_grpc
+from pinnace.process.sockets import FORCE_EXIT, PING, SOCKETS_ENV, STOP, bind_http, reserve_grpc
+from pinnace.runtimes.directory_lock import temporary_directory
 from pinnace.runtimes.shared_weights import SHARED_WEIGHTS_ENV
 from pinnace.settings import Settings
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
 STABLE_SECONDS = 60.0  # a worker that ran this long has started successfully, and the backoff is reset
+PING_SECONDS = 1.0
 KILL_SECONDS = 5.0  # after the grace period, which the workers observe themselves
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 files are only created in a private directory below it
 
@@ -52,25 +54,65 @@ def run(settings: Settings) -> int:
     if model := fetch_model(settings):
         flags["model_dir"] = model
     command = [sys.executable, *sys.orig_argv[1:], *(f"--{name}={value}" for name, value in flags.items())]
-    in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
     with (
-        tempfile.TemporaryDirectory(prefix="pinnace-metrics-", dir=in_memory) as metrics_dir,
-        tempfile.TemporaryDirectory(prefix="pinnace-weights-", dir=_weights_directory()) as weights_dir,
+        temporary_directory("pinnace-worker-metrics-", in_memory) as metrics_dir,
+        temporary_directory("pinnace-worker-weights-", _weights_directory()) as weights_dir,
     ):
-        environment = {MULTIPROCESS_ENV: metrics_dir, SHARED_WEIGHTS_ENV: weights_dir}
-        supervisor = Supervisor(command, http, environment, settings.grace_period_seconds)
+        environment = {MULTIPROCESS_ENV: str(metrics_dir), SHARED_WEIGHTS_ENV: str(weights_dir)}
+        supervisor = Supervisor(
+            command, http, environment, settings.grace_period_seconds, settings.worker_timeout_seconds
+        )
         return asyncio.run(supervisor.run(settings.workers))
 
 
-def _weights_directory() -> str:
+def _weights_directory() -> Path:
     """Return the directory for shared weights: the temporary directory, or /dev/shm if nothing else is writable.
 
     If the weights do not fit there, the workers do not share them.
     """
     try:
-        return tempfile.gettempdir()
+        return Path(tempfile.gettempdir())
     except FileNotFoundError:
-        return str(SHARED_MEMORY)
+        return SHARED_MEMORY
+
+
+class Worker:
+    """A worker's process, and the control socket over which it reports that it is ready and answers pings."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control_socket: socket.socket) -> None:
+        self.process = process
+        self._control_socket = control_socket
+        self._is_ready = False
+        self.unanswered_pings = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether the worker has reported that it is ready; a worker that has exited may have."""
+        # Nothing may have come although the worker has exited: a process that it started may keep the socket open.
+        with suppress(OSError):
+            if self._control_socket.recv(1024):
+                self._is_ready, self.unanswered_pings = True, 0
+        return self._is_ready
+
+    def ping(self) -> None:
+        """Count what the worker has answered, and ping it again if it is ready."""
+        if self.is_ready:
+            self.unanswered_pings += 1
+            with suppress(OSError):  # it has just exited
+                self._control_socket.send(PING)
+
+    def send(self, message: bytes) -> None:
+        """Send a message to the worker. A worker that is not ready yet gets SIGTERM instead.
+
+        systemd signals every process of a service, so a signal from here would be a ready worker's second one and force
+        its exit with requests unanswered.
+        """
+        with suppress(OSError):  # it has just exited
+            if self.is_ready:
+                self._control_socket.send(message)
+            else:
+                self.process.send_signal(signal.SIGTERM)
 
 
 class Supervisor:
@@ -82,6 +124,7 @@ class Supervisor:
         http: list[socket.socket],
         environment: Mapping[str, str],
         grace_period_seconds: float,
+        worker_timeout_seconds: float,
     ) -> None:
         """Prepare to start workers.
 
@@ -91,13 +134,15 @@ class Supervisor:
             environment: The workers' variables besides this process's own. MULTIPROCESS_ENV must be one of them.
             grace_period_seconds: The limit that workers keep when they stop. A worker that runs KILL_SECONDS longer
                 is killed.
+            worker_timeout_seconds: How long a ready worker may leave pings unanswered before it is killed.
         """
         self._command = command
         self._http = http
         self._environment = environment
         self._kill_after_seconds = grace_period_seconds + KILL_SECONDS
+        self._max_unanswered_pings = worker_timeout_seconds / PING_SECONDS
         self._stop = asyncio.Event()
-        self._control_sockets: dict[asyncio.subprocess.Process, socket.socket] = {}
+        self._workers: set[Worker] = set()
 
     async def run(self, workers: int) -> int:
         """Run that many workers until a stop signal. Return the first exit code that is not 0, else 0."""
@@ -111,8 +156,8 @@ class Supervisor:
     def _on_signal(self) -> None:
         """Stop the workers; at a second signal, make them exit at once."""
         if self._stop.is_set():
-            for process, control_socket in self._control_sockets.items():
-                _send(process, control_socket, FORCE_EXIT)
+            for worker in self._workers:
+                worker.send(FORCE_EXIT)
         self._stop.set()
 
     async def _supervise(self, number: int) -> int:
@@ -144,12 +189,13 @@ class Supervisor:
         """Run a worker until it exits. Return its exit code, and whether it was ready before. Raises OSError."""
         process, control_socket = await self._start()
         with control_socket:
-            self._control_sockets[process] = control_socket
-            code = await self._wait_for_exit(process, control_socket)
-            del self._control_sockets[process]
+            worker = Worker(process, control_socket)
+            self._workers.add(worker)
+            code = await self._wait_for_exit(worker)
+            self._workers.remove(worker)
             # Keeps the worker's counters in the metrics, and removes its gauges, such as the requests in flight.
             mark_process_dead(process.pid, self._environment[MULTIPROCESS_ENV])  # type: ignore[no-untyped-call]
-            return code, _is_ready(control_socket)
+            return code, worker.is_ready
 
     async def _start(self) -> tuple[asyncio.subprocess.Process, socket.socket]:
         """Start a worker. Return it and its control socket, over which it reports that it is ready. Raises OSError."""
@@ -169,19 +215,33 @@ class Supervisor:
         control_socket.setblocking(False)
         return process, control_socket
 
-    async def _wait_for_exit(self, process: asyncio.subprocess.Process, control_socket: socket.socket) -> int:
+    async def _wait_for_exit(self, worker: Worker) -> int:
         """Wait until the worker exits. When the supervisor stops, close the HTTP sockets and tell the worker to stop.
+
+        Until then kill it if it leaves pings unanswered. Pings are counted, not seconds, so that a pause of supervisor
+        and workers together, as of a container, kills nobody.
 
         Returns its exit code: that of ShutdownTimeout if it had to be killed, 0 if the stop came before it was ready,
         128 plus the number of any other signal that ended it.
         """
+        process = worker.process
         exited, stopped = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
-        await asyncio.wait({exited, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        while not exited.done() and not stopped.done():
+            await asyncio.wait({exited, stopped}, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            worker.ping()
+            if worker.unanswered_pings > self._max_unanswered_pings:
+                logger.error(
+                    "worker process %d has not responded for %d s (worker_timeout_seconds): killed",
+                    process.pid,
+                    self._max_unanswered_pings * PING_SECONDS,
+                )
+                process.kill()
+                await exited
         stopped.cancel()
         if not exited.done():
             for listener in self._http:
                 listener.close()
-            _send(process, control_socket, STOP)
+            worker.send(STOP)
             try:
                 await asyncio.wait_for(asyncio.shield(exited), self._kill_after_seconds)
             except TimeoutError:
@@ -193,24 +253,3 @@ class Supervisor:
                 return 0
         code = exited.result()
         return 128 - code if code < 0 else code
-
-
-def _send(process: asyncio.subprocess.Process, control_socket: socket.socket, message: bytes) -> None:
-    """Send a message to a worker over its control socket. A worker that is not ready yet gets SIGTERM instead.
-
-    systemd signals every process of a service, so a signal from here would be a ready worker's second one and force
-    its exit with requests unanswered.
-    """
-    with suppress(OSError):  # it has just exited
-        if _is_ready(control_socket):
-            control_socket.send(message)
-        else:
-            process.send_signal(signal.SIGTERM)
-
-
-def _is_ready(control_socket: socket.socket) -> bool:
-    """Return whether the worker has reported that it is ready."""
-    # No message may be there although the worker has exited: a process that it started may keep the socket open.
-    with suppress(OSError):
-        return bool(control_socket.recv(1, socket.MSG_PEEK))
-    return False

@@ -1,11 +1,13 @@
-"""A lock for directories that several processes create: one creates it at a time, completely or not at all."""
+"""Locks for directories: one that several processes create, and one that ends with the process that made it."""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,3 +27,37 @@ def exclusive_staging_directory(target: Path) -> Iterator[Path]:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def temporary_directory(prefix: str, parent: Path) -> Iterator[Path]:
+    """Yield a new directory in `parent`, and remove it at the end. First remove those that killed processes have left.
+
+    A process holds a lock on its directory, which the kernel releases when it ends, however it ends. Raises OSError.
+    """
+    for path in parent.glob(f"{prefix}*"):
+        with suppress(OSError):  # another user's, or no directory
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError if its process lives
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    directory, descriptor = _make_locked_directory(prefix, parent)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _make_locked_directory(prefix: str, parent: Path) -> tuple[Path, int]:
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):  # before it was locked, another process took it for one that was left
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(OSError):  # NFS cannot lock directories: no process can then lock and remove it either
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if directory.exists():
+                return directory, descriptor
+            os.close(descriptor)

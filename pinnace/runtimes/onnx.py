@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pinnace.cpus import available_cpus
 from pinnace.errors import DeviceUnavailable, ModelFileNotFound, ModelLoadError, PackageMissing, one_line
-from pinnace.memory import trim_malloc
+from pinnace.memory import is_out_of_memory, trim_malloc
 from pinnace.runtimes.shared_weights import shared_model
 
 logger = logging.getLogger(__name__)
@@ -27,15 +27,18 @@ NVIDIA_SMI_TIMEOUT_SECONDS = 30
 PREPACKED_WEIGHTS = "weights.data"
 MIN_EXTERNAL_BYTES = 1024  # smaller tensors stay in the .onnx file
 NO_CUDA = "--device=cuda, but CUDA is not available: {}; --device=auto uses the CPU instead"
+NO_MEMORY = "not enough memory to load {} ({}): raise the memory limit, or serve a smaller model"
 
 
 def load_onnxruntime() -> Any:
-    """Import ONNX Runtime, with its telemetry off, and return the module. Raises PackageMissing."""
+    """Import ONNX Runtime, with its telemetry off, and return the module. Raises PackageMissing and ModelLoadError."""
     # ONNX Runtime sends usage data to its developers (since 1.29 on Linux too) unless this is set before its import.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
+        if is_out_of_memory(error):
+            raise ModelLoadError(NO_MEMORY.format("ONNX Runtime", one_line(error))) from error
         raise PackageMissing(
             f"ONNX Runtime cannot be imported ({one_line(error)}): run `pip install 'pinnace[cpu]'`, or "
             "`pip install 'pinnace[gpu]'` for an NVIDIA GPU"
@@ -85,6 +88,8 @@ class OnnxSession:
         try:
             self._session = onnxruntime.InferenceSession(str(shared or file), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            if is_out_of_memory(error):
+                raise ModelLoadError(NO_MEMORY.format(file, one_line(error))) from error
             raise ModelLoadError(f"{file} cannot be loaded ({one_line(error)}); export the model again") from error
         trim_malloc()
         self.device = "cuda" if self._session.get_providers()[0] == CUDA else "cpu"

@@ -31,5 +31,12 @@ def make_identity(folder: Path, name: str, issuer: Identity | None) -> Identity:
     return identity
 
 
+def encrypt_key(key: Path, folder: Path) -> Path:
+    """Write a copy of a private key that a password protects to `folder`, and return its path."""
+    encrypted = folder / "encrypted.key"
+    _run_openssl("pkcs8", "-topk8", "-in", key, "-out", encrypted, "-passout", "pass:secret")
+    return encrypted
+
+
 def _run_openssl(*arguments: Any) -> None:
     subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=60)

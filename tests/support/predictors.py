@@ -96,6 +96,13 @@ class FailingLoad(Echo):
         raise RuntimeError("no such table: weights")
 
 
+class HugeLoad(Echo):
+    """Needs more memory than any machine has."""
+
+    def load(self) -> None:
+        bytearray(1 << 60)
+
+
 class WithThread(Echo):
     """Starts a thread that never ends. It is no daemon, so that the interpreter would wait for it."""
 
