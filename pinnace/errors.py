@@ -74,7 +74,10 @@ class RequestTimeout(ServingError, http_status=408, grpc_status="DEADLINE_EXCEED
 
 
 class HeadersTooLarge(ServingError, http_status=431, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
-    """The request line and headers exceed their size limit. Returned by http.limits."""
+    """The request line and headers, or a call's metadata, exceed their size limit.
+
+    Returned by http.limits, raised by grpc.service.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(f"the request line and headers exceed {max_bytes} bytes")

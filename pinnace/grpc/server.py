@@ -23,6 +23,13 @@ MAX_STREAMS = 1000
 # Calls, including those that were reset. Beyond this grpc cancels calls at random; a flood of resets exceeds its
 # default of 1,000.
 MAX_PENDING_CALLS = 5000
+# Clients may send keep-alive pings this often, also between calls. With the default of 5 minutes, pings every 10 s, the
+# shortest interval of grpc-go and grpc-java, ended the connection and its calls at the fourth. Three that come sooner
+# still end it.
+MIN_PING_INTERVAL_MS = 1000
+# The measure of HTTP/2, which adds 32 bytes per entry, and the limit of the HTTP port. Below it the gate has the limit:
+# between its soft limit of 8 KiB and its absolute one of 16 KiB, grpc would refuse calls at random.
+MAX_HEADER_LIST_BYTES = 64 * 1024
 NO_TIMEOUT = float(10**6)  # seconds; process.server has the deadline
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -51,6 +58,10 @@ class GrpcServer:
             ("grpc.max_concurrent_streams", MAX_STREAMS),
             ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_metadata_size", MAX_HEADER_LIST_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_HEADER_LIST_BYTES),
             ("grpc.max_connection_idle_ms", settings.timeout_keep_alive * 1000),
             ("grpc.so_reuseport", int(self._shared)),
         ]
@@ -120,8 +131,9 @@ class GrpcServer:
     @contextmanager
     def _log_call(self, path: str, context: Context) -> Iterator[_CallRecord]:
         """Start the timings of a call, and write its access log line when it ends."""
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        record = _CallRecord(metadata)
+        entries = context.invocation_metadata() or ()
+        metadata = {key: value for key, value in entries if isinstance(value, str)}
+        record = _CallRecord(metadata, len(path) + sum(len(key) + len(value) for key, value in entries))
         request_id = metadata.get("x-request-id", "")[:MAX_REQUEST_ID_BYTES]
         if request_id:
             context.set_trailing_metadata((("x-request-id", request_id),))
@@ -145,9 +157,10 @@ class GrpcServer:
 
 @dataclass(slots=True)
 class _CallRecord:
-    """The metadata of one call without binary entries, and how it ended, for the access log."""
+    """The metadata of one call without binary entries, the size of all, and how the call ended, for the access log."""
 
     metadata: dict[str, str]
+    metadata_bytes: int
     status: grpc.StatusCode = grpc.StatusCode.CANCELLED
     sent_bytes: int = 0
 
@@ -159,7 +172,8 @@ def _make_call(path: str, record: _CallRecord, context: Context) -> Call:
         message = await context.read()
         return None if message is grpc.aio.EOF else message
 
-    return Call(path, record.metadata, has_certificate=True, receive=receive)  # TLS has checked the certificate
+    # TLS has checked the certificate.
+    return Call(path, record.metadata, record.metadata_bytes, has_certificate=True, receive=receive)
 
 
 def _tls_credentials(settings: Settings) -> grpc.ServerCredentials:

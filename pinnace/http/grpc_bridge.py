@@ -59,10 +59,11 @@ class GrpcBridge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         metadata = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        metadata_bytes = len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in scope["headers"])
         content_type = (b"content-type", b"application/grpc")
         await send({"type": "http.response.start", "status": 200, "headers": [content_type], "trailers": True})
         inbox: Inbox = asyncio.Queue(1)
-        call = Call(scope["path"], metadata, has_certificate(scope), lambda: _next_message(inbox))
+        call = Call(scope["path"], metadata, metadata_bytes, has_certificate(scope), lambda: _next_message(inbox))
         answering = asyncio.create_task(self._answer(call, send))
         reading = asyncio.create_task(self._read(receive, metadata, inbox, answering))
         try:

@@ -25,7 +25,7 @@ class LimitsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, byte_budget: ByteBudget, settings: Settings, streaming: bool = False) -> None:
-        """Wrap `app`. Bodies of any size and duration pass if `streaming`: the application limits their messages."""
+        """Wrap `app`. If `streaming`, headers and bodies of any size pass: the application has limits of its own."""
         self._app = app
         self._byte_budget = byte_budget
         self._settings = settings
@@ -57,6 +57,8 @@ class LimitsMiddleware:
             self._byte_budget.release(request_body.reserved_bytes)
 
     def _app_for(self, scope: Scope) -> ASGIApp:
+        if self._streaming:
+            return self._app
         size_bytes = len(scope["raw_path"]) + len(scope["query_string"])
         size_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
         if size_bytes <= MAX_HEADER_BYTES:
