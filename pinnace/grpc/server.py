@@ -14,7 +14,9 @@ import grpc.aio
 
 from pinnace.auth import Authenticator
 from pinnace.errors import PortInUse
+from pinnace.grpc.calls import OpenCalls
 from pinnace.grpc.service import Call, Gate, Service, Status, Stream, Unary, to_status
+from pinnace.inference.admission import ByteBudget
 from pinnace.observability.access_log import MAX_REQUEST_ID_BYTES, log_request
 from pinnace.observability.timings import start_timings
 from pinnace.settings import Settings
@@ -30,6 +32,7 @@ MIN_PING_INTERVAL_MS = 1000
 # The measure of HTTP/2, which adds 32 bytes per entry, and the limit of the HTTP port. Below it the gate has the limit:
 # between its soft limit of 8 KiB and its absolute one of 16 KiB, grpc would refuse calls at random.
 MAX_HEADER_LIST_BYTES = 64 * 1024
+LAST_PING_SECONDS = 1.0
 NO_TIMEOUT = float(10**6)  # seconds; process.server has the deadline
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,14 +42,25 @@ class GrpcServer:
     """The listener of the gRPC port. An error ends its call with the status that the error's class declares."""
 
     def __init__(
-        self, services: Sequence[Service], authenticator: Authenticator, settings: Settings, shared: bool
+        self,
+        services: Sequence[Service],
+        authenticator: Authenticator,
+        byte_budget: ByteBudget,
+        settings: Settings,
+        shared: bool,
     ) -> None:
         """Prepare the server. Unless the port is `shared` with other workers, a port in use is refused."""
         self._services = services
         self._gate = Gate(authenticator, settings)
+        self._calls = OpenCalls(byte_budget, settings.send_timeout_seconds)
         self._settings = settings
         self._shared = shared
         self.port = settings.grpc_port
+
+    @property
+    def num_unsent(self) -> int:
+        """Return the number of unary calls whose response waits to be sent."""
+        return self._calls.num_unsent
 
     async def start(self) -> None:
         """Listen and answer calls. Raises PortInUse."""
@@ -60,6 +74,9 @@ class GrpcServer:
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
             ("grpc.keepalive_permit_without_calls", 1),
+            # A connection that does not acknowledge a ping is closed. Idle ones are pinged too.
+            ("grpc.keepalive_time_ms", settings.send_timeout_seconds * 1000),
+            ("grpc.keepalive_timeout_ms", settings.send_timeout_seconds * 1000),
             ("grpc.max_metadata_size", MAX_HEADER_LIST_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_HEADER_LIST_BYTES),
             ("grpc.max_connection_idle_ms", settings.timeout_keep_alive * 1000),
@@ -89,18 +106,41 @@ class GrpcServer:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Answer calls until `stop`, then refuse new ones and finish those in flight. If cancelled, cut them off."""
-        await stop.wait()
+        sweep = asyncio.create_task(self._calls.end_stalled())
         try:
-            await self._server.stop(NO_TIMEOUT)
+            await stop.wait()
+            await self._drain()
         finally:
+            sweep.cancel()
             await self._server.stop(None)  # otherwise a remaining call delays the end of the process for a minute
+
+    async def _drain(self) -> None:
+        """Return when all clients know of the stop, or soon after the last unary call is answered.
+
+        grpc closes a connection when its client has acknowledged a ping, and waits 20 s for one that does not. Streams
+        have no end of their own: health ends its streams when the server drains.
+        """
+        closing = asyncio.create_task(self._server.stop(NO_TIMEOUT))
+        try:
+            while not closing.done():
+                no_unary = asyncio.create_task(self._calls.wait_until_no_unary())
+                await asyncio.wait({closing, no_unary}, return_when=asyncio.FIRST_COMPLETED)
+                no_unary.cancel()
+                # Calls that grpc has accepted may begin only now.
+                await asyncio.wait({closing}, timeout=LAST_PING_SECONDS)
+                if not self._calls.has_unary:
+                    return
+        finally:
+            closing.cancel()
 
     def _unary_handler(self, path: str, method: Unary) -> Any:
         async def answer(_: object, context: Context) -> bytes:
             with self._log_call(path, context) as record:
+                open_call = self._calls.open(is_stream=False)
                 try:
                     call = _make_call(path, record, context)
                     response = await method(await self._gate.read_request(call), call.metadata)
+                    self._calls.count_response(open_call, len(response))
                     record.status, record.sent_bytes = grpc.StatusCode.OK, len(response)
                     return response
                 except Exception as error:
@@ -117,11 +157,14 @@ class GrpcServer:
 
         async def answer(_: object, context: Context) -> AsyncIterator[bytes]:
             with self._log_call(path, context) as record:
+                open_call = self._calls.open(is_stream=True)
                 try:
                     call = _make_call(path, record, context)
                     async for message in method(self._gate.read_requests(call), call.metadata):
                         record.sent_bytes += len(message)
+                        self._calls.count_response(open_call, len(message))
                         yield message
+                        self._calls.response_sent(open_call)
                     record.status = grpc.StatusCode.OK
                 except Exception as error:
                     await _abort(record, to_status(error), context)

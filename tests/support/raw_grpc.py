@@ -28,11 +28,13 @@ class RawConnection:
 
     def __init__(self, port: int, window_bytes: int = 65535, acknowledges_pings: bool = True) -> None:
         """Connect. `window_bytes` is how much of each response the server may send before the client takes it."""
+        self.port = port
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         self.h2.initiate_connection()
         self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window_bytes})
         self.events: list[h2.events.Event] = []
+        self._not_returned: list[h2.events.Event] = []
         self._acknowledges_pings = acknowledges_pings
         self._stream_id = -1
         self.flush()
@@ -66,15 +68,21 @@ class RawConnection:
         return any(isinstance(event, kind) for event in self.events)
 
     def wait_for(self, kind: type[E], stream_id: int | None = None) -> E:
-        """Return the next event of this kind, of this stream if one is given. Raises AssertionError at the end."""
-        while data := self.socket.recv(65536):
+        """Return the next event of this kind, of this stream if one is given. Raises AssertionError at the end.
+
+        An event is returned once.
+        """
+        while True:
+            for event in self._not_returned:
+                if isinstance(event, kind) and stream_id in (None, getattr(event, "stream_id", None)):
+                    self._not_returned.remove(event)
+                    return event
+            data = self.socket.recv(65536)
+            assert data, f"the server closed the connection before {kind.__name__}"
             events = self.h2.receive_data(data)
             self.events += events
+            self._not_returned += events
             unsent = self.h2.data_to_send()
             if self._acknowledges_pings:
                 with suppress(OSError):  # the server has closed: what it sent before is still to be read
                     self.socket.sendall(unsent)
-            for event in events:
-                if isinstance(event, kind) and stream_id in (None, getattr(event, "stream_id", None)):
-                    return event
-        raise AssertionError(f"the server closed the connection before {kind.__name__}")
