@@ -60,9 +60,9 @@ class ModelNotFound(ServingError, http_status=404, grpc_status="NOT_FOUND", outc
 
 
 class TooLarge(ServingError, http_status=413, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
-    """The request, or a gRPC response, exceeds a limit on bytes, JSON values, pixels or instances; the text says which.
+    """A limit on bytes, JSON values, pixels, instances or open gRPC calls is exceeded; the text says which.
 
-    Raised by http, inference.admission, models.image and predictors.
+    Raised by http, grpc.service, inference.admission, models.image and predictors.
     """
 
 

@@ -139,7 +139,8 @@ class GrpcServer:
                 open_call = self._calls.open(is_stream=False)
                 try:
                     call = _make_call(path, record, context)
-                    response = await method(await self._gate.read_request(call), call.metadata)
+                    with self._gate.admit(call, is_stream=False):
+                        response = await method(await self._gate.read_request(call), call.metadata)
                     self._calls.count_response(open_call, len(response))
                     record.status, record.sent_bytes = grpc.StatusCode.OK, len(response)
                     return response
@@ -160,11 +161,12 @@ class GrpcServer:
                 open_call = self._calls.open(is_stream=True)
                 try:
                     call = _make_call(path, record, context)
-                    async for message in method(self._gate.read_requests(call), call.metadata):
-                        record.sent_bytes += len(message)
-                        self._calls.count_response(open_call, len(message))
-                        yield message
-                        self._calls.response_sent(open_call)
+                    with self._gate.admit(call, is_stream=True):
+                        async for message in method(self._gate.read_requests(call), call.metadata):
+                            record.sent_bytes += len(message)
+                            self._calls.count_response(open_call, len(message))
+                            yield message
+                            self._calls.response_sent(open_call)
                     record.status = grpc.StatusCode.OK
                 except Exception as error:
                     await _abort(record, to_status(error), context)
@@ -174,9 +176,11 @@ class GrpcServer:
     @contextmanager
     def _log_call(self, path: str, context: Context) -> Iterator[_CallRecord]:
         """Start the timings of a call, and write its access log line when it ends."""
+        client = _address(context.peer())
         entries = context.invocation_metadata() or ()
         metadata = {key: value for key, value in entries if isinstance(value, str)}
-        record = _CallRecord(metadata, len(path) + sum(len(key) + len(value) for key, value in entries))
+        metadata_bytes = len(path) + sum(len(key) + len(value) for key, value in entries)
+        record = _CallRecord(metadata, metadata_bytes, client[0] if client else "")
         request_id = metadata.get("x-request-id", "")[:MAX_REQUEST_ID_BYTES]
         if request_id:
             context.set_trailing_metadata((("x-request-id", request_id),))
@@ -184,9 +188,8 @@ class GrpcServer:
         try:
             yield record
         finally:
-            host, _, port = context.peer().partition(":")[2].rpartition(":")
             scope = {
-                "client": (unquote(host).strip("[]"), int(port)) if port.isdigit() else None,
+                "client": client,
                 "method": "POST",
                 "raw_path": path.encode(),
                 "query_string": b"",
@@ -204,6 +207,7 @@ class _CallRecord:
 
     metadata: dict[str, str]
     metadata_bytes: int
+    client: str
     status: grpc.StatusCode = grpc.StatusCode.CANCELLED
     sent_bytes: int = 0
 
@@ -216,7 +220,13 @@ def _make_call(path: str, record: _CallRecord, context: Context) -> Call:
         return None if message is grpc.aio.EOF else message
 
     # TLS has checked the certificate.
-    return Call(path, record.metadata, record.metadata_bytes, has_certificate=True, receive=receive)
+    return Call(path, record.metadata, record.metadata_bytes, record.client, has_certificate=True, receive=receive)
+
+
+def _address(peer: str) -> tuple[str, int] | None:
+    """Return the address and port of a peer as grpc names it, such as ipv4:127.0.0.1:50000."""
+    host, _, port = peer.partition(":")[2].rpartition(":")
+    return (unquote(host).strip("[]"), int(port)) if port.isdigit() else None
 
 
 def _tls_credentials(settings: Settings) -> grpc.ServerCredentials:

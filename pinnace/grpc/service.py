@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import betterproto2
 import grpc
 
 from pinnace.auth import Authenticator
-from pinnace.errors import HeadersTooLarge, InvalidInput, RequestTimeout
+from pinnace.errors import HeadersTooLarge, InvalidInput, RequestTimeout, TooLarge
 from pinnace.observability.logging import to_client_error
 from pinnace.proto import wire
 from pinnace.settings import Settings
@@ -24,6 +25,8 @@ from pinnace.settings import Settings
 M = TypeVar("M", bound=betterproto2.Message)
 
 MAX_METADATA_BYTES = 16 * 1024  # of the path and all metadata of a call, as for the headers of REST
+MAX_OPEN_CALLS = 1000  # per port
+MAX_STREAMS_PER_CLIENT = 100  # open streaming calls of one address: 1,000 watchers cost as much as 1,000 connections
 MAX_FIELDS_ON_LOOP = 1000  # a millisecond of decoding on the event loop, for messages of any client
 
 Metadata = Mapping[str, str]
@@ -74,6 +77,8 @@ class Call:
     path: str
     metadata: Metadata
     metadata_bytes: int
+    client: str
+    """The client's address, without the port."""
     has_certificate: bool
     receive: Callable[[], Awaitable[bytes | None]]
 
@@ -81,12 +86,31 @@ class Call:
 class Gate:
     """The checks that every call must pass on both ports.
 
-    They are the size of the metadata, authentication, and a deadline for the first message.
+    They are the number of open calls, the size of the metadata, authentication, and a deadline for the first message.
     """
 
     def __init__(self, authenticator: Authenticator, settings: Settings) -> None:
         self._authenticator = authenticator
         self._read_timeout_seconds = settings.read_timeout_seconds
+        self._num_open = 0
+        self._streams_by_client: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, call: Call, is_stream: bool) -> Iterator[None]:
+        """Count the call as open for the body of a `with` statement. Raises TooLarge if a limit is reached."""
+        if self._num_open >= MAX_OPEN_CALLS:
+            raise TooLarge(f"the port has {MAX_OPEN_CALLS} open calls; try again later")
+        if is_stream and self._streams_by_client[call.client] >= MAX_STREAMS_PER_CLIENT:
+            raise TooLarge(f"the client has {MAX_STREAMS_PER_CLIENT} open streaming calls")
+        self._num_open += 1
+        self._streams_by_client[call.client] += is_stream
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+            self._streams_by_client[call.client] -= is_stream
+            if not self._streams_by_client[call.client]:
+                del self._streams_by_client[call.client]
 
     async def read_request(self, call: Call) -> bytes:
         """Return the message of a unary call.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
+import grpc
 import h2.config
 import h2.connection
 import h2.events
@@ -45,11 +46,11 @@ class RawConnection:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def call(self, path: str, message: bytes, headers: Headers = HEADERS, flush: bool = True) -> int:
-        """Send a call with one message, and return its stream."""
+    def call(self, path: str, message: bytes, headers: Headers = HEADERS, flush: bool = True, end: bool = True) -> int:
+        """Send a call with one message, and return its stream. Unless `end`, more messages could follow."""
         self._stream_id += 2
         self.h2.send_headers(self._stream_id, [*PSEUDO_HEADERS, (":path", path), *headers])
-        self.h2.send_data(self._stream_id, frame_message(message), end_stream=True)
+        self.h2.send_data(self._stream_id, frame_message(message), end_stream=end)
         if flush:
             self.flush()
         return self._stream_id
@@ -86,3 +87,13 @@ class RawConnection:
             if self._acknowledges_pings:
                 with suppress(OSError):  # the server has closed: what it sent before is still to be read
                     self.socket.sendall(unsent)
+
+    def wait_for_status(self, stream_id: int) -> grpc.StatusCode:
+        """Return the status with which the server ends the call, in trailers or in its only headers."""
+        while True:
+            event = self.wait_for(h2.events.Event, stream_id)
+            if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+                headers: Any = dict(event.headers)
+                if number := headers.get("grpc-status"):
+                    return next(code for code in grpc.StatusCode if str(code.value[0]) == number)
+            assert not isinstance(event, h2.events.StreamEnded | h2.events.StreamReset), "the call has no status"
