@@ -60,9 +60,9 @@ class ModelNotFound(ServingError, http_status=404, grpc_status="NOT_FOUND", outc
 
 
 class TooLarge(ServingError, http_status=413, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
-    """The request, or a gRPC response, exceeds a limit on bytes, JSON values, pixels or instances; the text says which.
+    """A limit on bytes, JSON values, pixels, instances or open gRPC calls is exceeded; the text says which.
 
-    Raised by http, inference.admission, models.image and predictors.
+    Raised by http, grpc.service, inference.admission, models.image and predictors.
     """
 
 
@@ -74,7 +74,10 @@ class RequestTimeout(ServingError, http_status=408, grpc_status="DEADLINE_EXCEED
 
 
 class HeadersTooLarge(ServingError, http_status=431, grpc_status="RESOURCE_EXHAUSTED", outcome="invalid"):
-    """The request line and headers exceed their size limit. Returned by http.limits."""
+    """The request line and headers, or a call's metadata, exceed their size limit.
+
+    Returned by http.limits, raised by grpc.service.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(f"the request line and headers exceed {max_bytes} bytes")

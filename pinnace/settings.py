@@ -308,6 +308,12 @@ class Settings:
         "DEADLINE_EXCEEDED.",
         _positive,
     )
+    send_timeout_seconds: int = _setting(
+        30,
+        "Seconds within which a client must take some of a response that waits to be sent. Otherwise its connection is "
+        "closed; on the gRPC port, which cannot see how much is taken, a call ends if its whole response is not.",
+        _positive,
+    )
     request_timeout_seconds: int = _setting(
         60,
         "Seconds within which an inference request must be answered, from when it is read. Otherwise it is cancelled "

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import h2.errors
+import h2.events
 import numpy as np
 import pytest
 
 from bench.server_process import memory_mib
+from pinnace.grpc.inference import SERVICE
 from pinnace.settings import MIB
 from pinnace.version import __version__
 from tests.support.clients import call_grpc, make_image_request, make_tensor_request, make_v1_request
 from tests.support.pictures import CAT, MODES, PHOTOGRAPHS
+from tests.support.raw_grpc import RawConnection
 from tests.support.reference import preprocess_with_torchvision
 from tests.support.servers import Server, run_server
 
 if TYPE_CHECKING:
     from model_export.source import Source
+
+WATCH = "/grpc.health.v1.Health/Watch"
+PING_SECONDS = 1.1
 
 
 def expect_error(channel: grpc.Channel, google: ModuleType, method: str, request: Any) -> tuple[str, str]:
@@ -279,3 +287,36 @@ def test_more_instances_than_max_instances_get_resource_exhausted(channel: grpc.
     status = expect_error(channel, google, "ModelInfer", make_image_request(google, *[b"x"] * 129))
 
     assert status == ("RESOURCE_EXHAUSTED", "129 instances exceed max_instances (128)")
+
+
+def test_keep_alive_pings_end_no_call_and_no_idle_connection(server: Server) -> None:
+    with RawConnection(server.grpc_port) as watching, RawConnection(server.grpc_port) as idle:
+        watching.call(WATCH, b"")
+        for _ in range(5):  # the fourth would end the connection
+            for connection in (watching, idle):
+                connection.ping()
+            threading.Event().wait(PING_SECONDS)
+
+        for connection in (watching, idle):
+            connection.ping()
+            assert connection.wait_for(h2.events.PingAckReceived)
+            assert not connection.has_received(h2.events.ConnectionTerminated)
+
+
+def test_a_flood_of_pings_ends_its_connection(server: Server) -> None:
+    with RawConnection(server.grpc_port) as connection:
+        for _ in range(10):
+            connection.ping()
+
+        goaway = connection.wait_for(h2.events.ConnectionTerminated)
+        assert goaway.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+
+
+def test_metadata_of_16_kib_always_pass_and_more_get_resource_exhausted(channel: grpc.Channel) -> None:
+    live: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/ServerLive")
+
+    for size_bytes in [*range(8000, 16000, 200), 16000]:
+        assert live(b"", metadata=(("x-padding", "x" * size_bytes),), timeout=10) == b"\x08\x01"
+    with pytest.raises(grpc.RpcError) as error:
+        live(b"", metadata=(("x-padding", "x" * 17000),), timeout=10)
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +23,12 @@ import pytest
 from tests.support.clients import INFER, frame_message, make_image_request, make_v1_request, send_raw_call
 from tests.support.metrics import requests_by_outcome
 from tests.support.pictures import CAT
+from tests.support.raw_grpc import HEADERS, RawConnection
 from tests.support.servers import STOPPING, Server, run_gated_server, run_server
 from tests.support.waiting import wait_for
 
 LIVE = "/inference.GRPCInferenceService/ServerLive"
+WATCH = "/grpc.health.v1.Health/Watch"
 ECHO = "--predictor=tests.support.predictors:Echo"
 LARGE_BYTES = 64 * 1024 * 1024
 
@@ -224,3 +227,30 @@ def test_a_message_that_arrives_too_slowly_ends_its_call_on_either_port(port: st
 
     assert trailers["grpc-status"] == str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
     assert trailers["grpc-message"] == "the request was not received within read_timeout_seconds (1)"
+
+
+def test_a_call_without_te_trailers_gets_its_status(server: Server) -> None:
+    with RawConnection(server.http_port) as connection:
+        stream = connection.call(LIVE, b"", headers=(("content-type", "application/grpc"),))
+
+        assert connection.wait_for_status(stream) is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("port", ["http_port", "grpc_port"])
+def test_a_streaming_call_that_fails_at_once_ends_at_once_on_either_port(port: str, server: Server) -> None:
+    with RawConnection(getattr(server, port)) as connection:
+        started_at = time.monotonic()
+        streams = [connection.call(WATCH, b"\xff", end=False) for _ in range(10)]
+
+        for stream in streams:
+            assert connection.wait_for_status(stream) is grpc.StatusCode.INVALID_ARGUMENT
+        assert time.monotonic() - started_at < 4  # the rest of the call was waited for: 5 s
+
+
+def test_a_call_that_has_next_to_no_time_left_is_not_begun(google: ModuleType) -> None:
+    message = make_image_request(google, b"a").SerializeToString()
+    with run_server(ECHO) as server, RawConnection(server.http_port) as connection:
+        stream = connection.call(INFER, message, headers=(*HEADERS, ("grpc-timeout", "1m")))
+
+        assert connection.wait_for_status(stream) is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert requests_by_outcome(server) == {}

@@ -8,19 +8,24 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import grpc
+import h2.events
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 
 from pinnace.proto.generated.descriptors import SERVICES
 from tests.support.clients import predict_over_rest
+from tests.support.raw_grpc import RawConnection
 from tests.support.servers import Server, run_gated_server, run_server
+from tests.support.waiting import wait_for
 
 ECHO = "--predictor=tests.support.predictors:Echo"
+WATCH = "/grpc.health.v1.Health/Watch"
 INFERENCE = "inference.GRPCInferenceService"
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
 
@@ -133,6 +138,30 @@ def test_a_watcher_gets_not_serving_before_the_last_answer_of_a_stop(
             assert list(statuses) == after
         assert answer.result().status_code == 200
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_a_client_has_at_most_100_watchers_and_they_do_not_hold_up_a_stop(port: str) -> None:
+    with run_server(ECHO) as server, ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(RawConnection(getattr(server, port)))
+            for _ in range(25):
+                connection.wait_for(h2.events.DataReceived, connection.call(WATCH, b""))
+        refused = connection.call(WATCH, b"")
+        assert connection.wait_for_status(refused) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        connection.h2.reset_stream(49)  # one of the 25
+        connection.flush()
+        wait_for(lambda: watches(connection), "a free place")
+        assert server.stop() == 0
+
+
+def watches(connection: RawConnection) -> bool:
+    """Return whether a further watcher is admitted."""
+    stream = connection.call(WATCH, b"")
+    headers: Any = connection.wait_for(h2.events.ResponseReceived, stream).headers
+    is_refused = "grpc-status" in dict(headers)  # the gRPC port refuses in the headers
+    return not is_refused and isinstance(connection.wait_for(h2.events.Event, stream), h2.events.DataReceived)
 
 
 @pytest.mark.parametrize("port", PORTS)

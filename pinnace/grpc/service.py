@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ import betterproto2
 import grpc
 
 from pinnace.auth import Authenticator
-from pinnace.errors import InvalidInput, RequestTimeout
+from pinnace.errors import HeadersTooLarge, InvalidInput, RequestTimeout, TooLarge
 from pinnace.observability.logging import to_client_error
 from pinnace.proto import wire
 from pinnace.settings import Settings
 
 M = TypeVar("M", bound=betterproto2.Message)
 
+MAX_METADATA_BYTES = 16 * 1024  # of the path and all metadata of a call, as for the headers of REST
+MAX_OPEN_CALLS = 1000  # per port
+MAX_STREAMS_PER_CLIENT = 100  # open streaming calls of one address: 1,000 watchers cost as much as 1,000 connections
 MAX_FIELDS_ON_LOOP = 1000  # a millisecond of decoding on the event loop, for messages of any client
 
 Metadata = Mapping[str, str]
@@ -65,25 +69,54 @@ class Status(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call as its port sees it. `receive` returns the next message, or None after the last one."""
+    """One call as its port sees it. `receive` returns the next message, or None after the last one.
+
+    `metadata_bytes` counts the path and all entries of the metadata, also those that `metadata` lacks.
+    """
 
     path: str
     metadata: Metadata
+    metadata_bytes: int
+    client: str
+    """The client's address, without the port."""
     has_certificate: bool
     receive: Callable[[], Awaitable[bytes | None]]
 
 
 class Gate:
-    """The checks that every call must pass on both ports: authentication, and a deadline for its first message."""
+    """The checks that every call must pass on both ports.
+
+    They are the number of open calls, the size of the metadata, authentication, and a deadline for the first message.
+    """
 
     def __init__(self, authenticator: Authenticator, settings: Settings) -> None:
         self._authenticator = authenticator
         self._read_timeout_seconds = settings.read_timeout_seconds
+        self._num_open = 0
+        self._streams_by_client: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, call: Call, is_stream: bool) -> Iterator[None]:
+        """Count the call as open for the body of a `with` statement. Raises TooLarge if a limit is reached."""
+        if self._num_open >= MAX_OPEN_CALLS:
+            raise TooLarge(f"the port has {MAX_OPEN_CALLS} open calls; try again later")
+        if is_stream and self._streams_by_client[call.client] >= MAX_STREAMS_PER_CLIENT:
+            raise TooLarge(f"the client has {MAX_STREAMS_PER_CLIENT} open streaming calls")
+        self._num_open += 1
+        self._streams_by_client[call.client] += is_stream
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+            self._streams_by_client[call.client] -= is_stream
+            if not self._streams_by_client[call.client]:
+                del self._streams_by_client[call.client]
 
     async def read_request(self, call: Call) -> bytes:
         """Return the message of a unary call.
 
-        Raises Unauthenticated, RequestTimeout, InvalidInput if the call has no message, and what `call.receive` raises.
+        Raises HeadersTooLarge, Unauthenticated, RequestTimeout, InvalidInput if the call has no message, and what
+        `call.receive` raises.
         """
         message = await self._read_first(call)
         if message is None:
@@ -93,7 +126,8 @@ class Gate:
     async def read_requests(self, call: Call) -> AsyncIterator[bytes]:
         """Yield the messages of a streaming call. Only the wait for the first has a deadline here.
 
-        Raises, at the first iteration, Unauthenticated and RequestTimeout; at any, what `call.receive` raises.
+        Raises, at the first iteration, HeadersTooLarge, Unauthenticated and RequestTimeout; at any, what `call.receive`
+        raises.
         """
         message = await self._read_first(call)
         while message is not None:
@@ -101,6 +135,8 @@ class Gate:
             message = await call.receive()
 
     async def _read_first(self, call: Call) -> bytes | None:
+        if call.metadata_bytes > MAX_METADATA_BYTES:
+            raise HeadersTooLarge(MAX_METADATA_BYTES)
         if call.path not in PUBLIC_METHODS:
             self._authenticator.check(call.metadata.get("authorization", ""), call.has_certificate)
         try:

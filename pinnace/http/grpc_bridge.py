@@ -31,6 +31,9 @@ FRAME_PREFIX = struct.Struct(">BI")  # whether the message is compressed, and it
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
 TIMEOUT_UNIT_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+# A call with less time than this is refused: its client will have left before an answer reaches it.
+MIN_CLIENT_TIMEOUT_SECONDS = 0.002
+DEADLINE_EXCEEDED = Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
 METHOD_NOT_FOUND = Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
 Inbox = asyncio.Queue[bytes | Exception | None]
@@ -59,32 +62,49 @@ class GrpcBridge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         metadata = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        metadata_bytes = len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+        if metadata.get("te") != "trailers":
+            # Hypercorn sends trailers only to clients that ask for them. Some gRPC clients do not, and without trailers
+            # a call has no status.
+            scope["headers"].append((b"te", b"trailers"))
+        inbox: Inbox = asyncio.Queue(1)
+        client = scope["client"][0] if scope["client"] else ""
+        call = Call(
+            scope["path"], metadata, metadata_bytes, client, has_certificate(scope), lambda: _next_message(inbox)
+        )
         content_type = (b"content-type", b"application/grpc")
         await send({"type": "http.response.start", "status": 200, "headers": [content_type], "trailers": True})
-        inbox: Inbox = asyncio.Queue(1)
-        call = Call(scope["path"], metadata, has_certificate(scope), lambda: _next_message(inbox))
+        status = self._early_refusal(call)
+        if status is None:
+            try:
+                with self._gate.admit(call, is_stream=call.path in self._streams):
+                    status = await self._run(call, inbox, receive, send)
+            except TooLarge as error:
+                status = to_status(error)
+        if status:
+            await _send_status(status, send)
+
+    def _early_refusal(self, call: Call) -> Status | None:
+        """Return the status of a call that need not be begun, None for any other."""
+        if call.path not in self._unary and call.path not in self._streams:
+            return METHOD_NOT_FOUND
+        seconds = _client_timeout_seconds(call.metadata)
+        return DEADLINE_EXCEEDED if seconds is not None and seconds < MIN_CLIENT_TIMEOUT_SECONDS else None
+
+    async def _run(self, call: Call, inbox: Inbox, receive: Receive, send: Send) -> Status | None:
+        """Answer a call while its messages are read. Return its status, or None if the client has disconnected."""
         answering = asyncio.create_task(self._answer(call, send))
-        reading = asyncio.create_task(self._read(receive, metadata, inbox, answering))
+        reading = asyncio.create_task(self._read(receive, call.metadata, inbox, answering))
         try:
             await asyncio.wait({answering})
         finally:
             for task in (reading, answering):
                 task.cancel()
             await asyncio.wait({reading, answering})
-        if answering.cancelled():  # the client has disconnected
-            return
-        status = answering.result()
-        trailers = [(b"grpc-status", b"%d" % status.code.value[0])]
-        if status.text:
-            trailers.append((b"grpc-message", quote(status.text, safe=PRINTABLE).encode()))
-        trailers += [(name.encode(), value.encode()) for name, value in status.trailers]
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-        await send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
+        return None if answering.cancelled() else answering.result()
 
     async def _answer(self, call: Call, send: Send) -> Status:
         """Send the responses to a call, and return the status that it ends with."""
-        if call.path not in self._unary and call.path not in self._streams:
-            return METHOD_NOT_FOUND
         max_bytes = self._settings.grpc_max_send_message_length
         try:
             async with asyncio.timeout(_client_timeout_seconds(call.metadata)):
@@ -94,7 +114,7 @@ class GrpcBridge:
                     body = FRAME_PREFIX.pack(0, len(message)) + message
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except TimeoutError:
-            return Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+            return DEADLINE_EXCEEDED
         except Exception as error:
             return to_status(error)
         return Status(grpc.StatusCode.OK)
@@ -162,6 +182,16 @@ class GrpcBridge:
         del buffer[:end]
         self._byte_budget.release(end)
         return bool(is_compressed), message
+
+
+async def _send_status(status: Status, send: Send) -> None:
+    """End the response to a call with its status."""
+    trailers = [(b"grpc-status", b"%d" % status.code.value[0])]
+    if status.text:
+        trailers.append((b"grpc-message", quote(status.text, safe=PRINTABLE).encode()))
+    trailers += [(name.encode(), value.encode()) for name, value in status.trailers]
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    await send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
 
 
 async def _next_message(inbox: Inbox) -> bytes | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,6 +14,7 @@ from pinnace.inference.admission import ByteBudget
 from pinnace.settings import Settings
 
 LINGER_SECONDS = 5.0
+SILENCE_SECONDS = 0.1
 MAX_HEADER_BYTES = 16 * 1024  # of request line and headers; Hypercorn's own limit applies only to incomplete headers
 
 
@@ -25,7 +27,7 @@ class LimitsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, byte_budget: ByteBudget, settings: Settings, streaming: bool = False) -> None:
-        """Wrap `app`. Bodies of any size and duration pass if `streaming`: the application limits their messages."""
+        """Wrap `app`. If `streaming`, headers and bodies of any size pass: the application has limits of its own."""
         self._app = app
         self._byte_budget = byte_budget
         self._settings = settings
@@ -36,6 +38,9 @@ class LimitsMiddleware:
             await self._app(scope, receive, send)
             return
         request_body = _LimitedBody(scope, receive, self._byte_budget, self._settings, self._streaming)
+        if self._streaming:
+            await self._stream(scope, request_body, send)
+            return
 
         async def send_after_body(message: Message) -> None:
             is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -55,6 +60,28 @@ class LimitsMiddleware:
             await self._app_for(scope)(scope, request_body.receive, send_after_body)
         finally:
             self._byte_budget.release(request_body.reserved_bytes)
+
+    async def _stream(self, scope: Scope, request_body: _LimitedBody, send: Send) -> None:
+        """Run the application. Its response ends when the client is silent: it may leave a call open that has failed.
+
+        What is on its way is read first: Hypercorn would answer it with a reset, which overtakes the status.
+        """
+        drain: asyncio.Task[None] | None = None
+
+        async def send_beside_body(message: Message) -> None:
+            nonlocal drain
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if is_last and not request_body.finished:
+                await request_body.drain_until_silent()
+                drain = asyncio.create_task(request_body.drain())
+            await send(message)
+
+        try:
+            await self._app(scope, request_body.receive, send_beside_body)
+        finally:
+            if drain:
+                await asyncio.wait({drain}, timeout=LINGER_SECONDS)  # the end of the response ends the body
+                drain.cancel()
 
     def _app_for(self, scope: Scope) -> ASGIApp:
         size_bytes = len(scope["raw_path"]) + len(scope["query_string"])
@@ -102,6 +129,13 @@ class _LimitedBody:
     async def drain(self) -> None:
         while not self.finished:
             await self._next()
+
+    async def drain_until_silent(self) -> None:
+        """Read and drop the body until its end, or until nothing arrives for a moment; for five seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not self.finished:
+                    await asyncio.wait_for(self._next(), SILENCE_SECONDS)
 
     async def _next(self) -> Message:
         message = await self._receive()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,14 +82,21 @@ def check_max_rows(num_rows: int, settings: Settings) -> None:
 
 
 class ByteBudget:
-    """Limits the bytes of all bodies and messages in memory, including those still being received."""
+    """Limits the bytes of all bodies and messages in memory: those still being received, and those not sent yet.
+
+    When bytes are missing, the functions in `reclaimers` are called with their number: they end what waits to be sent.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._reserved_bytes = 0
+        self.reclaimers: list[Callable[[int], None]] = []
 
     def acquire(self, size_bytes: int) -> None:
         """Reserve bytes until `release`. Never waits: raises Overloaded if they do not fit."""
+        for reclaim in self.reclaimers:
+            if (num_missing := self._reserved_bytes + size_bytes - self._max_bytes) > 0:
+                reclaim(num_missing)
         if self._reserved_bytes + size_bytes > self._max_bytes:
             raise Overloaded("bytes (max_queue_bytes)")
         self._reserved_bytes += size_bytes

@@ -110,8 +110,9 @@ async def _serve(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal)
     services = _services(dataplane, settings)
-    grpc = GrpcServer(services, authenticator, settings, shared=supervised is not None) if services else None
-    if grpc:
+    grpc = None
+    if services:
+        grpc = GrpcServer(services, authenticator, dataplane.byte_budget, settings, shared=supervised is not None)
         await grpc.start()
     http.listen()
     logger.info(
@@ -144,7 +145,8 @@ async def _serve(
         finished: asyncio.Future[Any] = asyncio.gather(*listeners, return_exceptions=True)
         left_seconds = max(0.0, deadline - loop.time())
         await asyncio.wait({forced, finished}, timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
-        unanswered = dataplane.in_flight  # counted here: cancelling a request takes it out of the count
+        # Counted here: cancelling a request takes it out of the count.
+        unanswered = dataplane.in_flight + (grpc.num_unsent if grpc else 0)
         await _cancel({*listeners, forced, watcher})
     for number in STOP_SIGNALS:  # the exit code is decided: further signals must not change it
         loop.remove_signal_handler(number)

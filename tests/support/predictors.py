@@ -136,6 +136,13 @@ class FromFile(Echo):
         return {"rows": np.full(len(rows["rows"]), self.text, object)}
 
 
+class Large(Echo):
+    """Answers every row with a million bytes."""
+
+    def predict(self, rows: Arrays) -> Arrays:
+        return {"rows": np.full(len(rows["rows"]), b"x" * 1_000_000, object)}
+
+
 class SelfReferencing(Echo):
     """Answers with the number of objects that a full garbage collection examines.
 
