@@ -15,7 +15,7 @@ from pinnace.version import __version__
 if TYPE_CHECKING:
     from pinnace.errors import InvalidInput, NotSupported, Overloaded, ServingError, StartupError, TooLarge
     from pinnace.observability.logging import configure_logging
-    from pinnace.predictor import Arrays, Predictor, Request, RequestedOutput, Response
+    from pinnace.predictor import Arrays, Predictor, PreprocessCost, Request, RequestedOutput, Response
     from pinnace.runtimes.onnx import OnnxSession
     from pinnace.settings import Settings
     from pinnace.tensors import Tensor, TensorSpec
@@ -27,6 +27,7 @@ __all__ = [
     "OnnxSession",
     "Overloaded",
     "Predictor",
+    "PreprocessCost",
     "Request",
     "RequestedOutput",
     "Response",
@@ -43,7 +44,7 @@ __all__ = [
 _MODULES = {
     "pinnace.errors": ("InvalidInput", "NotSupported", "Overloaded", "ServingError", "StartupError", "TooLarge"),
     "pinnace.observability.logging": ("configure_logging",),
-    "pinnace.predictor": ("Arrays", "Predictor", "Request", "RequestedOutput", "Response"),
+    "pinnace.predictor": ("Arrays", "Predictor", "PreprocessCost", "Request", "RequestedOutput", "Response"),
     "pinnace.runtimes.onnx": ("OnnxSession",),
     "pinnace.settings": ("Settings",),
     "pinnace.tensors": ("Tensor", "TensorSpec"),

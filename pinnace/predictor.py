@@ -149,6 +149,9 @@ class Predictor(ABC):
     dimensions but the first, and it has at most `--max_batch_size` rows. `predict` must not depend on which rows are in
     the batch, nor on their order.
 
+    A model whose `preprocess` takes much memory or time for a small request, as a decoder of images does, says so with
+    `estimate_preprocess`. Nothing else keeps such requests from taking the memory and the threads of all others.
+
     What a handler may raise:
 
     - InvalidInput: the request is wrong. The client gets HTTP 400 or gRPC INVALID_ARGUMENT with the text of the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,32 @@ from tests.support.clients import make_v1_request
 from tests.support.large_pictures import KINDS, PHONES, make_large_picture
 from tests.support.memory_limit import limit_memory
 from tests.support.pictures import CAT
-from tests.support.servers import Server, run_command, run_server
+from tests.support.servers import PROJECT, Server, run_command, run_server
 from tests.support.waiting import wait_for
 
 POD_BYTES = 1024**3  # the limit of deploy/custom.yaml
 CLIENTS = 16
 MIB = 1024 * 1024
 ANSWERED_OR_REFUSED = {200, 413, 503, 504}
+
+
+MEASURE_PEAK = """
+import re, sys
+from pathlib import Path
+from pinnace.memory import limit_malloc_arenas
+from pinnace.models.image import decode
+from pinnace.models.image_header import read_header
+
+def peak_bytes():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+limit_malloc_arenas()
+data = Path(sys.argv[1]).read_bytes()
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before_bytes = peak_bytes()
+decode(data, 10**9)
+print(peak_bytes() - before_bytes, read_header(data).decode_bytes)
+"""
 
 
 def send_picture(server: Server, number: int, picture: bytes) -> int:
@@ -60,6 +80,20 @@ def test_decoding_ends_soon_after_the_deadline_of_a_request(model_dir: Path) -> 
         assert answer.status_code == 504
         # The only thread that decodes is free after the picture that it has just begun. All 40 take 20 s of CPU.
         wait_for(lambda: server.predict(make_v1_request(CAT)).status_code == 200, "an answer", timeout_seconds=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_takes_no_more_memory_than_is_estimated_and_not_much_less(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "picture"
+    file.write_bytes(make_large_picture(kind))
+
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE_PEAK, str(file)], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+
+    peak_bytes, estimated_bytes = map(int, done.stdout.split())
+    assert 0.6 * estimated_bytes < peak_bytes < 1.05 * estimated_bytes + 16 * MIB
 
 
 @pytest.mark.slow

@@ -33,7 +33,8 @@ USUAL_SCANS = 10
 SEARCH_BYTES = 65_536  # searched at a time for a JPEG's next marker: other threads can run in between
 
 # Bytes per pixel of Pillow's modes, and of the RGB image that is made of them (measured: Pillow stores RGB in 4 bytes).
-GREY, GREY_16, COLOUR = 1, 2, 4
+GREY, COLOUR = 1, 4
+GREY_16_BYTES = 7  # with the copies that are made of its high bytes
 WEBP_BYTES = 16.5  # two canvases and a copy of the decoder's, and the image
 COEFFICIENT_BYTES = 2  # libjpeg keeps all coefficients of an image of several scans
 
@@ -195,7 +196,7 @@ def _read_png(data: bytes) -> ImageHeader:
                 parts.append(slice(position, end))
         position = end
     if colour_type == 0 and depth == 16:
-        bytes_per_pixel = 3 * GREY_16
+        bytes_per_pixel = GREY_16_BYTES
     elif colour_type == RGB_TYPE:
         bytes_per_pixel = COLOUR
     elif colour_type == PALETTE_TYPE and has_transparency:
@@ -279,7 +280,7 @@ def _read_tiff(data: bytes) -> ImageHeader:
     if TILE_WIDTH in tags:
         strip_pixels = tags[TILE_WIDTH][0] * tags[TILE_HEIGHT][0]
     if samples == 1:
-        bytes_per_pixel = GREY + COLOUR if bits <= 8 else 3 * GREY_16 if bits == 16 else 3 * COLOUR + GREY
+        bytes_per_pixel = GREY + COLOUR if bits <= 8 else GREY_16_BYTES if bits == 16 else 3 * COLOUR + GREY
     else:
         bytes_per_pixel = COLOUR if samples == 3 and photometric != LAB else 2 * COLOUR
     if orientation != 1:  # Pillow turns the picture, which takes a copy

@@ -20,7 +20,9 @@ def _plain(mode: str) -> Image.Image:
 
 
 def _palette() -> bytes:
-    return encode_picture(_plain("P"), "PNG", transparency=bytes([0, 128]), compress_level=1)
+    picture = _plain("P")
+    picture.putpalette(bytes(range(256)) * 3)
+    return encode_picture(picture, "PNG", transparency=bytes(range(256)), compress_level=1)
 
 
 def _grey_16() -> bytes:
