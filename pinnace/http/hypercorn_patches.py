@@ -22,17 +22,19 @@ from starlette.types import Scope
 
 from pinnace.errors import one_line
 from pinnace.http.connections import ConnectionRegistry
+from pinnace.http.hypercorn_http1 import PatchedH11Protocol
 
 logger = logging.getLogger(__name__)
 
 HAS_CERTIFICATE = "has_certificate"
 LAST_REQUEST_SECONDS = 0.1
-REFUSAL = b"HTTP/1.1 503 \r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 def apply_patches() -> None:
     """Make Hypercorn use the classes below for every connection that it accepts from now on."""
     hypercorn.asyncio.run.TCPServer = PatchedTCPServer  # type: ignore[attr-defined]
+    hypercorn.protocol.H11Protocol = PatchedH11Protocol  # type: ignore[attr-defined]
     hypercorn.protocol.H2Protocol = PatchedH2Protocol  # type: ignore[attr-defined, assignment]
     hypercorn.asyncio.run.asyncio = _Asyncio()  # type: ignore[attr-defined, assignment]
 
