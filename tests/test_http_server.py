@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import resource
 import signal
@@ -14,6 +15,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import grpc
 import h2.config
@@ -22,7 +24,11 @@ import h2.errors
 import h2.events
 import httpx
 import pytest
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper
 
+from pinnace.http.connections import ConnectionRegistry
+from pinnace.http.hypercorn_patches import HttpConfig, PatchedTCPServer
 from tests.support.clients import call_grpc
 from tests.support.servers import (
     Server,
@@ -240,13 +246,18 @@ def test_a_stopping_server_refuses_new_streams_and_answers_those_in_flight_on_th
     assert (response.stream_id, next(str(value) for _, value in response.headers)) == (1, "200")
 
 
-def test_a_failing_connection_is_logged_and_does_not_affect_others(server: Server) -> None:
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
-    connection.initiate_connection()
-    pseudo = [(b":method", b"GET"), (b":path", b"/\xff"), (b":scheme", b"http"), (b":authority", b"x")]
-    connection.send_headers(1, pseudo, end_stream=True)
-    with server.connect() as socket, server.connect() as other:
-        socket.sendall(connection.data_to_send())
-        server.wait_for_line(re.compile(r"HTTP connection closed after UnicodeDecodeError: "))
-        other.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert read_until(other, b'{"status":"alive"}')
+async def test_a_failing_connection_is_logged_and_closed(caplog: pytest.LogCaptureFixture) -> None:
+    config = HttpConfig()
+    config.connections = ConnectionRegistry(1)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reader.set_exception(ValueError("broken\nreader"))
+        loop = asyncio.get_running_loop()
+        await PatchedTCPServer(cast(AppWrapper, None), loop, config, WorkerContext(None), {}, reader, writer)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        assert await reader.read() == b""
+        writer.close()
+
+    assert caplog.messages == ["HTTP connection closed after ValueError: broken reader"]

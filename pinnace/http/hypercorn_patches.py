@@ -1,38 +1,38 @@
-"""Fixes for Hypercorn 0.18: subclasses that replace its classes once `apply_patches` has been called."""
+"""Fixes for Hypercorn 0.18: subclasses that replace its classes once `apply_patches` has been called.
+
+Those of its protocols are in `hypercorn_http1` and `hypercorn_http2`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import hypercorn.asyncio.run
 import hypercorn.protocol
-from h2.errors import ErrorCodes
-from h2.events import Event as Http2Event
-from h2.events import RequestReceived
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config
 from hypercorn.events import Event, Updated
-from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.typing import LifespanState
 from starlette.types import Scope
 
 from pinnace.errors import one_line
 from pinnace.http.connections import ConnectionRegistry
+from pinnace.http.hypercorn_http1 import PatchedH11Protocol
+from pinnace.http.hypercorn_http2 import Http2Config, PatchedH2Protocol
 
 logger = logging.getLogger(__name__)
 
 HAS_CERTIFICATE = "has_certificate"
 LAST_REQUEST_SECONDS = 0.1
-REFUSAL = b"HTTP/1.1 503 \r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 def apply_patches() -> None:
-    """Make Hypercorn use the classes below for every connection that it accepts from now on."""
+    """Make Hypercorn use these classes for every connection that it accepts from now on."""
     hypercorn.asyncio.run.TCPServer = PatchedTCPServer  # type: ignore[attr-defined]
+    hypercorn.protocol.H11Protocol = PatchedH11Protocol  # type: ignore[attr-defined]
     hypercorn.protocol.H2Protocol = PatchedH2Protocol  # type: ignore[attr-defined, assignment]
     hypercorn.asyncio.run.asyncio = _Asyncio()  # type: ignore[attr-defined, assignment]
 
@@ -42,7 +42,7 @@ def has_certificate(scope: Scope) -> bool:
     return bool(scope.get("state", {}).get(HAS_CERTIFICATE))
 
 
-class HttpConfig(Config):
+class HttpConfig(Http2Config):
     """Hypercorn's configuration, the registry of connections, and whether the server is draining."""
 
     connections: ConnectionRegistry
@@ -123,43 +123,6 @@ class PatchedTCPServer(TCPServer):
     async def _initiate_server_close(self) -> None:
         if self.config.connections.is_idle(self):  # checked again: a request may have arrived behind the shield
             await super()._initiate_server_close()
-
-
-class PatchedH2Protocol(H2Protocol):
-    """One HTTP/2 connection. The failure of a stream does not affect the others.
-
-    It fixes these faults of Hypercorn:
-
-    - In Hypercorn, data for a request that was refused, or answered before its body was read, raises KeyError and ends
-      the whole connection: https://github.com/pgjones/hypercorn/issues/329. Here such data is dropped.
-    - While stopping, Hypercorn resets new streams with NO_ERROR, as if they had been answered; clients do not retry
-      those. Here the code is REFUSED_STREAM (RFC 9113, section 8.7), which clients may retry.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.streams = _Streams()
-
-    async def _handle_events(self, events: Sequence[Http2Event]) -> None:
-        accepted: list[Http2Event] = []
-        for event in events:
-            if isinstance(event, RequestReceived) and self.context.terminated.is_set():
-                self.connection.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
-            else:
-                accepted.append(event)
-        await super()._handle_events(accepted)
-
-
-class _Streams(dict[int, Any]):
-    """The open streams by id. A closed stream is represented by one that drops its events."""
-
-    def __missing__(self, stream_id: int) -> _ClosedStream:
-        return _ClosedStream()
-
-
-class _ClosedStream:
-    async def handle(self, _: Any) -> None:
-        pass
 
 
 class _Listener:

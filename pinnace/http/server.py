@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from pinnace.errors import ConfigurationError, one_line
 from pinnace.http.connections import ConnectionRegistry
 from pinnace.http.hypercorn_patches import HttpConfig, apply_patches
+from pinnace.http.limits import MAX_HEADER_BYTES
 from pinnace.settings import Settings
 
 LISTEN_BACKLOG = 2048
@@ -40,9 +41,9 @@ class HttpServer:
         # With Hypercorn's default of 1000, every HTTP/2 connection breaks at request 1001:
         # https://github.com/pgjones/hypercorn/issues/241
         self._config.keep_alive_max_requests = UNLIMITED
-        # One stream more than this, and Hypercorn closes the whole connection:
-        # https://github.com/pgjones/hypercorn/issues/335
         self._config.h2_max_concurrent_streams = MAX_STREAMS
+        # HTTP/2 adds 32 bytes per field. A client that sends more is disconnected: only LimitsMiddleware can answer it.
+        self._config.h2_max_header_list_size = 2 * MAX_HEADER_BYTES
         # The backlog is also how many connections asyncio accepts at a time. A worker that accepts all it can takes 14
         # to 16 of 16 connections from the other worker (measured).
         self._config.backlog = 1 if shared else LISTEN_BACKLOG
