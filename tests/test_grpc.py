@@ -305,7 +305,7 @@ def test_keep_alive_pings_end_no_call_and_no_idle_connection(server: Server) -> 
 
 def test_a_flood_of_pings_ends_its_connection(server: Server) -> None:
     with RawConnection(server.grpc_port) as connection:
-        for _ in range(10):
+        for _ in range(4):  # the last three come too soon
             connection.ping()
 
         goaway = connection.wait_for(h2.events.ConnectionTerminated)

@@ -319,7 +319,7 @@ ERRORS = [
         PREDICT,
         "the body exceeds max_body_bytes",
         413,
-        b" " * (8 * 2**20 + 1),
+        b" " * (17 * 2**20 + 1),
         {},
         "KServe has no limit",
     ),

@@ -25,6 +25,7 @@ from tests.support.clients import call_grpc, infer_over_grpc, make_v1_request, p
 from tests.support.pictures import CAT
 from tests.support.servers import (
     PROJECT,
+    READY,
     STOPPING,
     expect_start_failure,
     read_until,
@@ -51,6 +52,8 @@ def test_a_signal_ends_an_idle_server_with_exit_0(number: signal.Signals) -> Non
 def test_a_server_that_nohup_has_started_ignores_the_end_of_its_terminal(workers: int) -> None:
     command = ["nohup", sys.executable, "app.py", ECHO, "--host=127.0.0.1", "--http_port=0", "--grpc_port=0"]
     with run_command([*command, f"--workers={workers}"]) as server:
+        for _ in range(workers - 1):
+            server.wait_for_line(READY)
         for process_id in (server.process.pid, *children(server.process.pid)):
             os.kill(process_id, signal.SIGHUP)
         assert server.get("/v2/health/ready").status_code == 200
