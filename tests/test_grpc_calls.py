@@ -99,3 +99,12 @@ def test_a_response_that_is_not_taken_until_the_end_of_the_grace_period_is_unans
 
         assert server.stop() == 8
     assert server.log[-1].strip().endswith("stopped at the end of --grace_period_seconds with 1 requests unanswered")
+
+
+def test_clients_that_disconnect_before_they_take_their_responses_leave_no_traceback(google: ModuleType) -> None:
+    with run_server(LARGE) as server:
+        with RawConnection(server.grpc_port, window_bytes=0) as connection:
+            ask_without_reading(connection, google, 20)
+        assert server.stop() == 0
+
+    assert not [line for line in server.log if "Traceback" in line]

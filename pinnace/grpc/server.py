@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listen and answer calls. Raises PortInUse."""
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_disconnect)
         settings = self._settings
         options = [
             ("grpc.max_receive_message_length", settings.grpc_max_receive_message_length),
@@ -221,6 +223,11 @@ def _make_call(path: str, record: _CallRecord, context: Context) -> Call:
 
     # TLS has checked the certificate.
     return Call(path, record.metadata, record.metadata_bytes, record.client, has_certificate=True, receive=receive)
+
+
+def _is_no_disconnect(record: logging.LogRecord) -> bool:
+    """Return False for the traceback that grpc logs when a client disconnects before it has taken its response."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
 
 
 def _address(peer: str) -> tuple[str, int] | None:

@@ -23,7 +23,7 @@ WATCH = "/grpc.health.v1.Health/Watch"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 CONNECTIONS, CALLS_PER_CONNECTION = 20, 1000
 CALLERS, PROCESSES, SECONDS = 120, 2, 5
-UNREAD_CALLS = 100
+UNREAD_CALLS, BURSTS = 100, 5
 
 
 def watch_20_000_times(port: int) -> None:
@@ -49,10 +49,11 @@ def leave_answers_unread(port: int) -> None:
     """Send 100 calls of less than 1 kB with a picture, and take none of their answers of all logits."""
     message = make_message()
     with RawConnection(port, window_bytes=0) as connection:
-        for _ in range(UNREAD_CALLS):
-            connection.call(INFER, message, flush=False)
-        connection.flush()
-        threading.Event().wait(SECONDS)
+        for _ in range(BURSTS):  # a hundred at once would be a queue of two seconds, which is everybody's turn
+            for _ in range(UNREAD_CALLS // BURSTS):
+                connection.call(INFER, message, flush=False)
+            connection.flush()
+            threading.Event().wait(SECONDS / BURSTS)
 
 
 def make_message() -> bytes:
