@@ -35,7 +35,7 @@ PIECE_MICROSECONDS = 1000
 # What h2 and Hypercorn take per frame and per byte of it, rounded up from measurements. One byte of a header block can
 # refer to a whole field.
 MICROSECONDS = {
-    HeadersFrame.type: (200, 2.5),
+    HeadersFrame.type: (1000, 2.5),
     ContinuationFrame.type: (20, 2.5),
     DataFrame.type: (100, 0.005),
     RstStreamFrame.type: (100, 0),
