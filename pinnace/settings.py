@@ -241,8 +241,9 @@ class Settings:
     )
     max_connections: int = _setting(
         1000,
-        "Maximum connections per port. At the limit the HTTP port closes the connection that has been idle longest; "
-        "if none is idle, a new connection gets 503. The gRPC port refuses a new connection.",
+        "Maximum connections per port, TLS handshakes included. At the limit the HTTP port closes a connection that "
+        "waits for its client to read, or else the one that has been idle longest; if all are busy, a new connection "
+        "gets 503, or with TLS is closed. The gRPC port refuses a new connection. A low limit on open files lowers it.",
         _between(1, 1_000_000),
     )
     max_body_bytes: int = _setting(
@@ -277,13 +278,21 @@ class Settings:
     )
     max_queue_bytes: int = _setting(
         256 * MIB,
-        "Maximum bytes of all request bodies and gRPC messages in flight. Further requests get 503 or UNAVAILABLE.",
+        "Maximum bytes of all request bodies and gRPC messages in flight, and of the HTTP port's unsent responses. The "
+        "connection that has waited longest for its client to read is closed to make room; if there is none, further "
+        "requests get 503 or UNAVAILABLE.",
         _positive,
     )
     read_timeout_seconds: int = _setting(
         30,
         "Seconds within which a client must send a request body or gRPC message. A slower client gets 408 or "
         "DEADLINE_EXCEEDED.",
+        _positive,
+    )
+    send_timeout_seconds: int = _setting(
+        30,
+        "Seconds that a client may take between two reads of its response on the HTTP port. A slower client's "
+        "connection is closed, or its HTTP/2 stream reset.",
         _positive,
     )
     request_timeout_seconds: int = _setting(

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks import Attack
+from tests.attacks import Attack, connections
 from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT
 from tests.support.servers import run_server
 from tests.support.steady_client import good_service
 
 BODY = make_v1_request(CAT).encode()
-ATTACKS = {"nothing": Attack(lambda _: None)}
+ATTACKS = {"nothing": Attack(lambda _: None), **connections.ATTACKS}
 
 
 @pytest.mark.slow

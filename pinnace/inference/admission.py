@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,17 +82,24 @@ def check_max_rows(num_rows: int, settings: Settings) -> None:
 
 
 class ByteBudget:
-    """Limits the bytes of all bodies and messages in memory, including those still being received."""
+    """Limits the bytes of all bodies and messages in memory, including those still being received or sent."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._reserved_bytes = 0
+        self.reclaim: Callable[[], bool] = lambda: False
+        """Releases the bytes of a response that its client does not read. Returns False if there is none."""
 
     def acquire(self, size_bytes: int) -> None:
         """Reserve bytes until `release`. Never waits: raises Overloaded if they do not fit."""
-        if self._reserved_bytes + size_bytes > self._max_bytes:
+        if not self._make_room(size_bytes):
             raise Overloaded("bytes (max_queue_bytes)")
         self._reserved_bytes += size_bytes
+
+    def charge(self, size_bytes: int) -> None:
+        """Reserve bytes of a response until `release`. They are never refused, but others may be reclaimed for them."""
+        self._reserved_bytes += size_bytes
+        self._make_room(0)
 
     def release(self, size_bytes: int) -> None:
         """Give back bytes that were reserved."""
@@ -106,3 +113,10 @@ class ByteBudget:
             yield
         finally:
             self.release(size_bytes)
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Return whether the bytes fit, once what can be reclaimed for them is reclaimed."""
+        while self._reserved_bytes + size_bytes > self._max_bytes:
+            if size_bytes > self._max_bytes or not self.reclaim():
+                return False
+        return True
