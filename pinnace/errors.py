@@ -191,7 +191,7 @@ class StartupError(Exception):
 
 
 class ConfigurationError(StartupError, exit_code=2):
-    """A flag is unknown, or its value, or that of its environment variable, is invalid.
+    """A flag is unknown, or its value, or that of its environment variable, is invalid, or open files are too few.
 
     Raised by process.flags and by the modules that apply the settings.
     """

@@ -247,8 +247,9 @@ class Settings:
     )
     max_connections: int = _setting(
         1000,
-        "Maximum connections per port. At the limit the HTTP port closes the connection that has been idle longest; "
-        "if none is idle, a new connection gets 503. The gRPC port refuses a new connection.",
+        "Maximum connections per port, TLS handshakes included. At the limit the HTTP port closes a connection that "
+        "waits for its client to read, or else the one that has been idle longest; if all are busy, a new connection "
+        "gets 503, or with TLS is closed. The gRPC port refuses a new connection. A low limit on open files lowers it.",
         _between(1, 1_000_000),
     )
     max_body_bytes: int = _setting(
@@ -299,7 +300,9 @@ class Settings:
     )
     max_queue_bytes: int = _setting(
         256 * MIB,
-        "Maximum bytes of all request bodies and gRPC messages in flight. Further requests get 503 or UNAVAILABLE.",
+        "Maximum bytes of all request bodies and gRPC messages in flight, and of responses that wait to be sent. The "
+        "connection or call that has waited longest for its client to read is closed to make room; if there is none, "
+        "further requests get 503 or UNAVAILABLE.",
         _positive,
     )
     read_timeout_seconds: int = _setting(
@@ -311,7 +314,8 @@ class Settings:
     send_timeout_seconds: int = _setting(
         30,
         "Seconds within which a client must take some of a response that waits to be sent. Otherwise its connection is "
-        "closed; on the gRPC port, which cannot see how much is taken, a call ends if its whole response is not.",
+        "closed, or its HTTP/2 stream reset; on the gRPC port, which cannot see how much is taken, a call ends if its "
+        "whole response is not.",
         _positive,
     )
     request_timeout_seconds: int = _setting(

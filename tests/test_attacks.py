@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks import Attack, calls, frames, pictures
+from tests.attacks import Attack, calls, connections, frames, pictures
 from tests.support.clients import make_v1_request
 from tests.support.pictures import CAT
 from tests.support.servers import run_server
 from tests.support.steady_client import good_service
 
 BODY = make_v1_request(CAT).encode()
-ATTACKS = {"nothing": Attack(lambda _: None), **pictures.ATTACKS, **calls.ATTACKS, **frames.ATTACKS}
+ATTACKS = {
+    "nothing": Attack(lambda _: None),
+    **pictures.ATTACKS,
+    **calls.ATTACKS,
+    **frames.ATTACKS,
+    **connections.ATTACKS,
+}
 
 
 @pytest.mark.slow

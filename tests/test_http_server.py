@@ -248,7 +248,7 @@ def test_a_stopping_server_refuses_new_streams_and_answers_those_in_flight_on_th
 
 async def test_a_failing_connection_is_logged_and_closed(caplog: pytest.LogCaptureFixture) -> None:
     config = HttpConfig()
-    config.connections = ConnectionRegistry(1)
+    config.connections = ConnectionRegistry(1, send_timeout_seconds=30)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         reader.set_exception(ValueError("broken\nreader"))

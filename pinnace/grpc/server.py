@@ -71,6 +71,8 @@ class GrpcServer:
             ("grpc.max_receive_message_length", settings.grpc_max_receive_message_length),
             ("grpc.max_send_message_length", settings.grpc_max_send_message_length),
             ("grpc.max_allowed_incoming_connections", settings.max_connections),
+            # Counted among the connections, but grpc's default time is 120 s.
+            ("grpc.server_handshake_timeout_ms", settings.read_timeout_seconds * 1000),
             ("grpc.max_concurrent_streams", MAX_STREAMS),
             ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),

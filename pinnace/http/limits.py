@@ -43,6 +43,8 @@ class LimitsMiddleware:
             return
 
         async def send_after_body(message: Message) -> None:
+            if message["type"] == "http.response.start":  # the body has been used, and its client may read slowly
+                request_body.release()
             is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
             if not is_last or request_body.finished:
                 await send(message)
@@ -59,7 +61,7 @@ class LimitsMiddleware:
         try:
             await self._app_for(scope)(scope, request_body.receive, send_after_body)
         finally:
-            self._byte_budget.release(request_body.reserved_bytes)
+            request_body.release()
 
     async def _stream(self, scope: Scope, request_body: _LimitedBody, send: Send) -> None:
         """Run the application. Its response ends when the client is silent: it may leave a call open that has failed.
@@ -106,7 +108,8 @@ class _LimitedBody:
         self._declared_bytes = next(
             (int(value) for name, value in scope["headers"] if name == b"content-length" and value.isdigit()), 0
         )
-        self.reserved_bytes = 0
+        self._received_bytes = 0
+        self._reserved_bytes = 0
         self.finished = False
 
     async def receive(self) -> Message:
@@ -119,12 +122,18 @@ class _LimitedBody:
         except TimeoutError:
             raise RequestTimeout(self._settings.read_timeout_seconds) from None
         size_bytes = len(message.get("body", b""))
-        if self.reserved_bytes + size_bytes > self._max_bytes:
+        self._received_bytes += size_bytes
+        if self._received_bytes > self._max_bytes:
             raise self._too_large()
         if not self._streaming:
             self._byte_budget.acquire(size_bytes)
-            self.reserved_bytes += size_bytes
+            self._reserved_bytes += size_bytes
         return message
+
+    def release(self) -> None:
+        """Give the bytes received so far back to the byte budget."""
+        self._byte_budget.release(self._reserved_bytes)
+        self._reserved_bytes = 0
 
     async def drain(self) -> None:
         while not self.finished:

@@ -47,7 +47,8 @@ async def read_body(request: Request) -> bytes:
         ClientDisconnected: The client disconnected before the end of the body.
     """
     try:
-        return await request.body()
+        # Not request.body(), which keeps the body until the response is sent, and a client may read that slowly.
+        return b"".join([chunk async for chunk in request.stream()])
     except ClientDisconnect:
         raise ClientDisconnected from None
 

@@ -18,9 +18,14 @@ from pinnace.errors import ConfigurationError, one_line
 from pinnace.http.connections import ConnectionRegistry
 from pinnace.http.hypercorn_patches import HttpConfig, apply_patches
 from pinnace.http.limits import MAX_HEADER_BYTES
+from pinnace.inference.admission import ByteBudget
 from pinnace.settings import Settings
 
 LISTEN_BACKLOG = 2048
+# How many connections asyncio accepts before anything else runs, such as what closes others at the limit.
+ACCEPT_BATCH = 4
+# Bytes that the kernel takes beyond what a client has room for. Its default is up to 4 MB per connection.
+MAX_KERNEL_UNSENT_BYTES = 128 * 1024
 MAX_STREAMS = 1000
 UNLIMITED = 10**9
 
@@ -35,7 +40,8 @@ class HttpServer:
         """Configure Hypercorn. Raises ConfigurationError if the TLS files cannot be used."""
         self._sockets = sockets
         self._config = HttpConfig()
-        self._config.connections = ConnectionRegistry(settings.max_connections)
+        self._connections = ConnectionRegistry(settings.max_connections, settings.send_timeout_seconds)
+        self._config.connections = self._connections
         self._config.keep_alive_timeout = settings.timeout_keep_alive
         self._config.graceful_timeout = UNLIMITED  # process.server enforces the grace period
         # With Hypercorn's default of 1000, every HTTP/2 connection breaks at request 1001:
@@ -46,7 +52,7 @@ class HttpServer:
         self._config.h2_max_header_list_size = 2 * MAX_HEADER_BYTES
         # The backlog is also how many connections asyncio accepts at a time. A worker that accepts all it can takes 14
         # to 16 of 16 connections from the other worker (measured).
-        self._config.backlog = 1 if shared else LISTEN_BACKLOG
+        self._config.backlog = 1 if shared else ACCEPT_BATCH
         if settings.ssl_certfile:
             self._configure_tls(settings)
         self._config.include_server_header = False
@@ -68,7 +74,7 @@ class HttpServer:
             config.ca_certs = str(settings.ssl_ca_certs)
             config.verify_mode = ssl.CERT_OPTIONAL  # probes have no certificate; AuthMiddleware checks the others
         try:
-            config.create_ssl_context()
+            config.tls_context = config.create_ssl_context()
         except OSError as error:
             raise ConfigurationError(
                 f"--ssl_certfile, --ssl_keyfile or --ssl_ca_certs cannot be used: {one_line(error)}"
@@ -82,15 +88,33 @@ class HttpServer:
     def listen(self) -> None:
         """Start to accept connections; they wait until `serve` runs."""
         for listener in self._sockets:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_KERNEL_UNSENT_BYTES)  # inherited
             listener.listen(LISTEN_BACKLOG)
+
+    @property
+    def num_sending(self) -> int:
+        """Return how many connections have responses that their clients have not taken yet."""
+        return self._connections.num_sending
+
+    def limit_connections(self, max_connections: int) -> None:
+        """Lower the limit on connections."""
+        self._connections.max_connections = max_connections
+
+    def abort(self) -> None:
+        """Cut every connection off."""
+        self._connections.abort_all()
 
     def drain(self) -> None:
         """Keep accepting requests, but ask clients to reconnect for their next one."""
         self._config.draining = True
 
-    async def serve(self, app: ASGIApp, stop: asyncio.Event) -> None:
-        """Answer requests until `stop` is set. Then refuse new connections and finish all requests in flight."""
+    async def serve(self, app: ASGIApp, byte_budget: ByteBudget, stop: asyncio.Event) -> None:
+        """Answer requests until `stop` is set. Then refuse new connections and finish all requests in flight.
+
+        Responses that wait to be sent count in `byte_budget`.
+        """
         apply_patches()
+        self._connections.use_budget(byte_budget)
         duplicates = [listener.dup() for listener in self._sockets]
 
         async def wait_for_stop() -> None:
@@ -98,8 +122,15 @@ class HttpServer:
                 listener.listen(LISTEN_BACKLOG)  # Hypercorn has just lowered the sockets' backlog to config.backlog
                 listener.close()
             await stop.wait()
+            self._connections.drain()
 
         self._config.bind = [f"fd://{listener.detach()}" for listener in self._sockets]
-        await hypercorn.asyncio.serve(cast(Framework, app), self._config, shutdown_trigger=wait_for_stop, mode="asgi")
-        # Hypercorn does not wait for a connection that was accepted while the listener was being closed.
-        await self._config.connections.wait_empty()
+        closing = asyncio.create_task(self._connections.close_stalled())
+        try:
+            framework = cast(Framework, app)
+            await hypercorn.asyncio.serve(framework, self._config, shutdown_trigger=wait_for_stop, mode="asgi")
+            # Hypercorn does not wait for a connection that was accepted while the listener was being closed.
+            await self._connections.wait_empty()
+        finally:
+            closing.cancel()
+            await asyncio.wait({closing})

@@ -94,12 +94,14 @@ class ByteBudget:
 
     def acquire(self, size_bytes: int) -> None:
         """Reserve bytes until `release`. Never waits: raises Overloaded if they do not fit."""
-        for reclaim in self.reclaimers:
-            if (num_missing := self._reserved_bytes + size_bytes - self._max_bytes) > 0:
-                reclaim(num_missing)
-        if self._reserved_bytes + size_bytes > self._max_bytes:
+        if not self._make_room(size_bytes):
             raise Overloaded("bytes (max_queue_bytes)")
         self._reserved_bytes += size_bytes
+
+    def charge(self, size_bytes: int) -> None:
+        """Reserve bytes of a response until `release`. They are never refused, but others may be reclaimed for them."""
+        self._reserved_bytes += size_bytes
+        self._make_room(0)
 
     def release(self, size_bytes: int) -> None:
         """Give back bytes that were reserved."""
@@ -113,3 +115,11 @@ class ByteBudget:
             yield
         finally:
             self.release(size_bytes)
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Return whether the bytes fit, once what can be reclaimed for them is reclaimed."""
+        if size_bytes <= self._max_bytes:
+            for reclaim in self.reclaimers:
+                if (num_missing := self._reserved_bytes + size_bytes - self._max_bytes) > 0:
+                    reclaim(num_missing)
+        return self._reserved_bytes + size_bytes <= self._max_bytes

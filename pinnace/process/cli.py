@@ -18,17 +18,11 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import NoReturn
 
-from pinnace.errors import (
-    ConfigurationError,
-    PackageMissing,
-    RayHeadLost,
-    ShutdownTimeout,
-    StartupError,
-    escape_unprintable,
-)
-from pinnace.observability.log_writer import flush_standard_streams, print_error
+from pinnace.errors import ConfigurationError, PackageMissing, RayHeadLost, ShutdownTimeout, StartupError
 from pinnace.observability.logging import set_up_logging
 from pinnace.process import STOP_SIGNALS
+from pinnace.process.descriptors import check_fd_limit
+from pinnace.process.exit import end_process, print_error
 from pinnace.process.flags import CHECK, parse_settings, warn_of_unknown_variables
 from pinnace.settings import Settings
 from pinnace.version import NAME, __version__
@@ -66,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, program: str = f"{NAME} serve")
             raise ConfigurationError(_unknown_command(command, [*commands]))
         return commands[command]()
     except StartupError as error:
-        _print_error(error)
+        print_error(error)
         return error.exit_code
 
 
@@ -86,10 +80,6 @@ def _print(text: str) -> int:
     return 0
 
 
-def _print_error(error: StartupError) -> None:
-    print_error(f"{NAME}: {escape_unprintable(str(error))}")
-
-
 def _serve(flags: Sequence[str], program: str) -> NoReturn:
     """Serve until a stop signal; with --check, only load the models and print what would be served.
 
@@ -106,12 +96,12 @@ def _serve(flags: Sequence[str], program: str) -> NoReturn:
     try:
         exit_code = _run(settings, CHECK in flags)
     except StartupError as error:
-        _print_error(error)
+        print_error(error)
         exit_code = error.exit_code
         if isinstance(error, ShutdownTimeout | RayHeadLost):
-            _end(exit_code)  # at once: Ray's own end may never come back
+            end_process(exit_code)  # at once: Ray's own end may never come back
     atexit._run_exitfuncs()
-    _end(exit_code)
+    end_process(exit_code)
 
 
 def _open_standard_descriptors() -> None:
@@ -128,6 +118,7 @@ def _open_standard_descriptors() -> None:
 
 def _run(settings: Settings, check_only: bool) -> int:
     """Run what the settings say, and return its exit code. Raises StartupError."""
+    check_fd_limit(settings)  # before grpc is imported: it crashes if there are too few
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C core would log beside us
     # Each branch imports only what it needs: a supervisor takes 20 MB, a server five times as much.
     if check_only:
@@ -172,11 +163,4 @@ def _export(flags: Sequence[str]) -> int:
 
 def _stop_before_ready(signal_number: int, _: FrameType | None) -> None:
     logging.getLogger(NAME).info("%s before ready: stopped", signal.Signals(signal_number).name)
-    _end(0)  # SystemExit in the midst of an import may come out of it as an ImportError
-
-
-def _end(exit_code: int) -> NoReturn:
-    """End the process at once: a thread, or Ray, may never come back."""
-    logging.shutdown()
-    flush_standard_streams()
-    os._exit(exit_code)
+    end_process(0)  # SystemExit in the midst of an import may come out of it as an ImportError

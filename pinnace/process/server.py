@@ -8,14 +8,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pinnace.auth import Authenticator
 from pinnace.cpus import available_cpus
-from pinnace.errors import ConfigurationError, RayHeadLost, ShutdownTimeout
+from pinnace.errors import ConfigurationError, RayHeadLost, ShutdownTimeout, StartupError
 from pinnace.grpc.health import HealthService
 from pinnace.grpc.inference import InferenceService
 from pinnace.grpc.reflection import ReflectionService
@@ -31,16 +31,9 @@ from pinnace.memory import default_decode_bytes, limit_malloc_arenas
 from pinnace.models.loader import load, make_models
 from pinnace.observability.metrics import Metrics
 from pinnace.process import STOP_SIGNALS
-from pinnace.process.sockets import (
-    FORCE_EXIT,
-    PING,
-    READY,
-    STOP,
-    WorkerSockets,
-    bind_http,
-    raise_fd_limit,
-    worker_sockets,
-)
+from pinnace.process.descriptors import fit_max_connections, raise_fd_limit
+from pinnace.process.exit import StopDeadline
+from pinnace.process.sockets import FORCE_EXIT, PING, READY, STOP, WorkerSockets, bind_http, worker_sockets
 from pinnace.process.summary import summarize
 from pinnace.runtimes.shared_weights import remove_shared_models
 from pinnace.settings import Settings
@@ -95,22 +88,35 @@ async def _serve(
     supervised: WorkerSockets | None,
 ) -> None:
     """Listen, report ready, serve until a stop, drain, and stop. Raises ShutdownTimeout and RayHeadLost."""
-    stop, force_exit, stop_accepting = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    stop, force_exit, stop_accepting, cut = asyncio.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+    verdict: list[StartupError | None] = []  # empty until the grace period is over
+    grpc: GrpcServer | None = None
 
+    def make_verdict() -> StartupError | None:
+        """Return the error that the server ends with, if it is cut now."""
+        if verdict:
+            return verdict[0]
+        unanswered = dataplane.in_flight + http.num_sending + (grpc.num_unsent if grpc else 0)
+        why = "at a second signal" if force_exit.is_set() else "at the end of --grace_period_seconds"
+        return ShutdownTimeout(f"stopped {why} with {unanswered} requests unanswered") if unanswered else None
+
+    stop_deadline = StopDeadline(settings.grace_period_seconds, make_verdict)
     is_signalled = False
 
-    def on_signal() -> None:
+    def on_signal(*_: Any) -> None:
         # Only this process's second signal forces the exit: the supervisor may have set `stop` already, since systemd
         # signals it and its workers at the same time.
         nonlocal is_signalled
-        (force_exit if is_signalled else stop).set()
+        (stop_deadline.force if is_signalled else stop_deadline.start)()
+        loop.call_soon_threadsafe((force_exit if is_signalled else stop).set)
         is_signalled = True
 
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, on_signal)
+        signal.signal(number, on_signal)  # not the loop's own handler: it waits while the loop is busy
+    settings = _fit_to_descriptors(settings)
+    http.limit_connections(settings.max_connections)
     services = _services(dataplane, settings)
-    grpc = None
     if services:
         grpc = GrpcServer(services, authenticator, dataplane.byte_budget, settings, shared=supervised is not None)
         await grpc.start()
@@ -126,37 +132,58 @@ async def _serve(
     for line in summarize(dataplane.repository, settings):
         logger.info(line)
     if supervised:
-        _connect_supervisor(supervised.control_socket, stop, force_exit)
+        _connect_supervisor(supervised.control_socket, stop, force_exit, stop_deadline)
     async with asyncio.TaskGroup() as tasks:
         watcher = tasks.create_task(_watch_models(dataplane, stop))
-        listeners = [
-            tasks.create_task(http.serve(make_http_app(dataplane, services, authenticator, settings), stop_accepting))
-        ]
+        app = make_http_app(dataplane, services, authenticator, settings)
+        listeners = [tasks.create_task(_until_cut(http.serve(app, dataplane.byte_budget, stop_accepting), cut))]
         if grpc:
-            listeners.append(tasks.create_task(grpc.serve(stop_accepting)))
+            listeners.append(tasks.create_task(_until_cut(grpc.serve(stop_accepting), cut)))
         await stop.wait()
-        deadline = loop.time() + settings.grace_period_seconds
+        stop_deadline.start()
         dataplane.repository.drain()
         http.drain()
         logger.info("stopping: %d requests in flight", dataplane.in_flight)
         forced = tasks.create_task(force_exit.wait())
-        await asyncio.wait({forced}, timeout=settings.drain_delay_seconds)
+        await asyncio.wait({forced}, timeout=min(settings.drain_delay_seconds, stop_deadline.left_seconds))
         stop_accepting.set()
         finished: asyncio.Future[Any] = asyncio.gather(*listeners, return_exceptions=True)
-        left_seconds = max(0.0, deadline - loop.time())
+        left_seconds = stop_deadline.left_seconds
         await asyncio.wait({forced, finished}, timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
-        # Counted here: cancelling a request takes it out of the count.
-        unanswered = dataplane.in_flight + (grpc.num_unsent if grpc else 0)
+        verdict.append(make_verdict())  # before requests are cancelled, which takes them out of the count
+        cut.set()
+        http.abort()
         await _cancel({*listeners, forced, watcher})
     for number in STOP_SIGNALS:  # the exit code is decided: further signals must not change it
-        loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
-    if unanswered:
-        why = "at a second signal" if force_exit.is_set() else "at the end of --grace_period_seconds"
-        raise ShutdownTimeout(f"stopped {why} with {unanswered} requests unanswered")
-    if not watcher.cancelled() and (lost := watcher.result()):
-        raise lost
+    if not verdict[0] and not watcher.cancelled():
+        verdict[0] = watcher.result()
+    if verdict[0]:
+        raise verdict[0]
     logger.info("stopped")
+
+
+def _fit_to_descriptors(settings: Settings) -> Settings:
+    """Return the settings with the limit on connections that open files leave. Raises ConfigurationError."""
+    fitted = fit_max_connections(settings)
+    if fitted.max_connections < settings.max_connections:
+        logger.warning(
+            "max_connections is %d per port instead of %d: the limit on open files (ulimit -n) is %d",
+            fitted.max_connections,
+            settings.max_connections,
+            raise_fd_limit(),
+        )
+    return fitted
+
+
+async def _until_cut(listener: Awaitable[None], cut: asyncio.Event) -> None:
+    """Run a listener. What it raises once its connections are cut off is not an error of the server."""
+    try:
+        await listener
+    except Exception as error:
+        if not cut.is_set():
+            raise
+        logger.debug("a listener failed while its connections were cut off: %r", error)
 
 
 async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
@@ -178,7 +205,9 @@ async def _watch_models(dataplane: DataPlane, stop: asyncio.Event) -> RayHeadLos
     return lost
 
 
-def _connect_supervisor(control_socket: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event) -> None:
+def _connect_supervisor(
+    control_socket: socket.socket, stop: asyncio.Event, force_exit: asyncio.Event, stop_deadline: StopDeadline
+) -> None:
     """Report ready to the supervisor; from then on answer its pings, and set `stop` or `force_exit` as it says.
 
     If the supervisor disappears, set `stop`, and remove the shared models, which it can no longer do.
@@ -195,7 +224,10 @@ def _connect_supervisor(control_socket: socket.socket, stop: asyncio.Event, forc
             with suppress(OSError):  # the supervisor is gone, which the next message says
                 control_socket.send(READY)
             return
-        (force_exit if message == FORCE_EXIT else stop).set()
+        if message == FORCE_EXIT:
+            stop_deadline.force()
+            force_exit.set()
+        stop.set()
         if not message:
             loop.remove_reader(control_socket)
             remove_shared_models()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,6 @@ class WorkerSockets:
 
     control_socket: socket.socket
     http: Sequence[socket.socket]
-
-
-def raise_fd_limit() -> None:
-    """Raise the limit on open files and sockets to the highest allowed; the default of most shells is 1,024."""
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def worker_sockets(environment: Mapping[str, str]) -> WorkerSockets | None:
