@@ -50,6 +50,7 @@ def expect_error(channel: grpc.Channel, message: bytes, method: str = INFER, **o
     return error.value.code().name, error.value.details()
 
 
+@pytest.mark.slow
 def test_five_thousand_calls_over_one_channel_are_answered(http_channel: grpc.Channel) -> None:
     answers = [call_method(http_channel, b"", LIVE) for _ in range(5000)]
 

@@ -215,6 +215,7 @@ def test_a_grpc_call_with_a_blank_at_the_end_of_its_metadata_ends_alone(server: 
         assert all(call.result().live for call in good)
 
 
+@pytest.mark.slow
 def test_a_stream_too_many_is_refused_and_the_others_are_answered(server: Server) -> None:
     with server.connect() as connection:
         client = Client(connection)
@@ -298,6 +299,7 @@ def test_a_stop_does_not_wait_for_connections_without_a_request() -> None:
     assert not [line for line in server.log if "Traceback" in line]
 
 
+@pytest.mark.slow
 def test_good_clients_do_not_use_up_their_control_frames(google: ModuleType) -> None:
     """A reader of many answers opens its windows for each, and pings; a writer of large bodies does not wait."""
     with (

@@ -83,6 +83,7 @@ def test_a_seed_determines_the_weights(original: Source) -> None:
     assert load_source("alexnet", "seeded:1").weights_sha256 != original.weights_sha256
 
 
+@pytest.mark.slow
 def test_another_architecture_is_exported_and_served_with_its_own_preset(tmp_path: Path) -> None:
     done = export(tmp_path, "--arch", "resnet18", "--weights", "seeded:7")
     assert done.returncode == 0, done.stderr
@@ -145,6 +146,7 @@ def test_progress_and_the_largest_difference_are_printed(export_output: tuple[Pa
     assert "UNTRAINED WEIGHTS (seeded:0)" in printed
 
 
+@pytest.mark.slow
 def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:
     for seed in (0, 1):
         assert export(tmp_path, "--arch", "squeezenet1_1", "--weights", f"seeded:{seed}").returncode == 0

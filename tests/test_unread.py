@@ -163,6 +163,7 @@ def test_a_body_leaves_the_byte_budget_when_its_response_begins() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["HTTP/1.1", "pipelined", "HTTP/2"])
+@pytest.mark.slow
 def test_a_client_that_does_not_read_holds_a_stop_no_longer_than_its_send_timeout(protocol: str) -> None:
     with run_server(ECHO, "--send_timeout_seconds=4", "--grace_period_seconds=40") as server, ExitStack() as stack:
         if protocol == "HTTP/2":
