@@ -107,8 +107,8 @@ def test_without_a_limit_the_machines_memory_counts(tmp_path: Path) -> None:
 
 
 def test_two_fifths_of_a_containers_memory_are_for_decoding() -> None:
-    with limit_memory(1000 * 1000 * 4096) as limit:
+    with limit_memory(100 * 1000 * 4096) as limit:
         command = limit.wrap(f"{sys.executable} -c 'from pinnace.memory import *; print(default_decode_bytes())'")
         printed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
 
-    assert int(printed) == 400 * 1000 * 4096
+    assert int(printed) == 40 * 1000 * 4096
