@@ -56,8 +56,8 @@ def available_bytes(root: Path = Path("/")) -> int:
 def default_decode_bytes() -> int:
     """Return the value of --max_decode_bytes if none is set: two fifths of the memory that this process may use.
 
-    Of a pod of 1 GiB, AlexNet in fp32 takes 300 MiB that cannot be reclaimed, request bodies up to 256 MiB
-    (--max_queue_bytes), and decoding up to 410.
+    In a pod of 1 GiB, AlexNet in fp32 needs 300 MiB, request bodies up to 256 MiB (--max_queue_bytes), and decoding up
+    to 410 MiB.
     """
     return available_bytes() * 2 // 5
 

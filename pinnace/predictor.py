@@ -48,7 +48,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessCost:
-    """What `preprocess` takes for one request, estimated from above."""
+    """An upper estimate of what `preprocess` needs for one request."""
 
     memory_bytes: int = 0
     """The peak of the memory that `preprocess` allocates, the arrays that it returns included."""

@@ -218,7 +218,9 @@ class Settings:
         _between(0, 60_000),
     )
     max_asyncio_workers: int = _setting(
-        0, "Threads that decode requests and encode responses. 0 means as many as --threads.", _between(0, 1024)
+        0,
+        "Threads that decode requests and encode responses. 0 means as many as --threads, but at least 2.",
+        _between(0, 1024),
     )
     max_threads: int = _setting(
         4, "No effect: gRPC needs no threads here. Accepted for compatibility with KServe.", _between(1, 1024)
@@ -273,15 +275,15 @@ class Settings:
     )
     max_request_pixels: int = _setting(
         200_000_000,
-        "Maximum size of all images of a request together. A JPEG of more than 10 scans counts once for every 10. A "
-        "larger request gets 413 or RESOURCE_EXHAUSTED.",
+        "Maximum size of all images of a request together. A JPEG of more than 10 scans counts its pixels once for "
+        "every 10 scans. A larger request gets 413 or RESOURCE_EXHAUSTED.",
         _positive,
     )
     max_decode_bytes: int = _setting(
         0,
-        "Maximum memory in bytes for decoding, of all workers together. A request waits until its share is free, and "
-        "gets 413 or RESOURCE_EXHAUSTED if its share is larger than all there is. 0 means two fifths of the "
-        "container's memory limit, or else of the machine's memory.",
+        "Maximum bytes of memory for decoding, divided among the workers. A request waits until enough is free, and "
+        "gets 413 or RESOURCE_EXHAUSTED if it needs more than seven eighths of a worker's part. 0 means two fifths of "
+        "the container's memory limit, or else of the machine's memory; with --engine=ray at most 512 MiB per replica.",
         _between(0, 2**63 - 1),
     )
     max_instances: int = _setting(
@@ -313,9 +315,9 @@ class Settings:
     )
     send_timeout_seconds: int = _setting(
         30,
-        "Seconds within which a client must take some of a response that waits to be sent. Otherwise its connection is "
-        "closed, or its HTTP/2 stream reset; on the gRPC port, which cannot see how much is taken, a call ends if its "
-        "whole response is not.",
+        "Seconds within which a client must read some of a response that waits to be sent. Otherwise the connection is "
+        "closed, or the HTTP/2 stream reset. The gRPC port ends a call whose response is not sent completely within "
+        "this time, and closes a connection that does not acknowledge a ping within it.",
         _positive,
     )
     request_timeout_seconds: int = _setting(

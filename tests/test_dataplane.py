@@ -90,6 +90,6 @@ def test_a_server_whose_model_is_stuck_is_not_ready_until_it_is_free(make_gate: 
             server.wait_for_line(re.compile("not ready: every thread that decodes, or a run of a model"))
             assert server.get("/v2/health/ready").status_code == 503
             assert server.get("/v2/health/live").status_code == 200
-        server.wait_for_line(re.compile("ready again: the threads are free"))
+        server.wait_for_line(re.compile("ready again: worker threads are free"))
         assert server.get("/v2/health/ready").status_code == 200
         assert late.result().status_code == 504

@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 # be that of a good client on a slow network.
 STALL_SECONDS = 1.0
 # A connection that has been idle for less may be about to send its first request, or its next.
-FRESH_SECONDS = 0.1
+MIN_IDLE_SECONDS = 0.1
 # At the limit, this many new connections wait this long for one of the others to become idle before they are refused.
 # Connections with pipelined requests are idle for an instant only, between two of them.
-MAX_NEWCOMERS = 16
-NEWCOMER_SECONDS = 1.0
-# At a stop a client that does not read its answers has this long, rather than --send_timeout_seconds: otherwise it
+MAX_PENDING_CONNECTIONS = 16
+PENDING_SECONDS = 1.0
+# At a stop a client that does not read its responses has this long, rather than --send_timeout_seconds: otherwise it
 # would hold the stop for the whole grace period.
 DRAIN_SEND_SECONDS = 5.0
 CHECK_PERIOD_SECONDS = 1.0
@@ -40,13 +40,13 @@ class Connection(Protocol):
         """Close the socket at once, and drop what waits to be sent."""
 
     def close_stalled(self, since: float) -> int:
-        """Drop the answers of which the client has taken nothing since that time. Return how many these were."""
+        """Drop the responses of which the client has taken nothing since that time. Return how many these were."""
 
 
 class ConnectionRegistry:
     """The open connections, each busy with a request or idle. At the limit, a new one replaces another.
 
-    A connection waits if its client must act before the server can go on: read an answer, or finish its TLS handshake.
+    A connection waits if its client must act before the server can go on: read a response, or finish its TLS handshake.
     """
 
     def __init__(self, max_connections: int, send_timeout_seconds: float) -> None:
@@ -58,14 +58,14 @@ class ConnectionRegistry:
         self._unused: set[Connection] = set()  # those that no request has come on yet
         self._waiting: dict[Connection, float] = {}  # since when; the longest waiting first
         self._handshaking: set[Connection] = set()
-        self._newcomers: dict[Connection, asyncio.Future[None]] = {}
+        self._pending: dict[Connection, asyncio.Future[None]] = {}
         self._is_draining = False
         self._empty = asyncio.Event()
         self._empty.set()
 
     @property
     def num_sending(self) -> int:
-        """Return how many connections have answers that their clients have not taken yet."""
+        """Return how many connections have responses that their clients have not read yet."""
         return sum(connection.unsent_bytes > 0 for connection in self._waiting)
 
     def use_budget(self, byte_budget: ByteBudget) -> None:
@@ -82,17 +82,17 @@ class ConnectionRegistry:
         if self._make_room():
             self._register(connection)
             return True
-        if len(self._newcomers) >= MAX_NEWCOMERS:
+        if len(self._pending) >= MAX_PENDING_CONNECTIONS:
             return False
         loop = asyncio.get_running_loop()
-        admitted = self._newcomers[connection] = loop.create_future()
-        deadline = loop.time() + NEWCOMER_SECONDS
+        admitted = self._pending[connection] = loop.create_future()
+        deadline = loop.time() + PENDING_SECONDS
         try:
             while not admitted.done() and loop.time() < deadline:
-                await asyncio.wait({admitted}, timeout=FRESH_SECONDS)
-                self._admit_newcomer()  # meanwhile another may be fresh no more
+                await asyncio.wait({admitted}, timeout=MIN_IDLE_SECONDS)
+                self._admit_pending()  # another may have become old enough to be closed
         finally:
-            self._newcomers.pop(connection, None)
+            self._pending.pop(connection, None)
         return admitted.done()
 
     def mark_idle(self, connection: Connection) -> None:
@@ -100,36 +100,36 @@ class ConnectionRegistry:
         self._empty.clear()
         self._busy.discard(connection)
         self._idle.setdefault(connection, asyncio.get_running_loop().time())
-        self._admit_newcomer()
+        self._admit_pending()
 
     def _register(self, connection: Connection) -> None:
         self._empty.clear()
         self._unused.add(connection)
         self._idle[connection] = asyncio.get_running_loop().time()
 
-    def _admit_newcomer(self) -> None:
+    def _admit_pending(self) -> None:
         """Let the first new connection that waits take the place of another, if there is one to close."""
-        if self._newcomers and self._make_room():
-            connection = next(iter(self._newcomers))
-            self._newcomers.pop(connection).set_result(None)
+        if self._pending and self._make_room():
+            connection = next(iter(self._pending))
+            self._pending.pop(connection).set_result(None)
             self._register(connection)
 
     def _make_room(self) -> bool:
         """Close a connection if the limit is reached. Return False if all are busy."""
         if len(self._busy) + len(self._idle) < self.max_connections:
             return True
-        victim = self._choose_victim()
-        if victim is None:
+        evicted = self._choose_evicted()
+        if evicted is None:
             return False
-        is_waiting = victim in self._waiting
-        self._forget(victim)
+        is_waiting = evicted in self._waiting
+        self._forget(evicted)
         if is_waiting:
-            victim.abort()
+            evicted.abort()
         else:
-            victim.disconnect()
+            evicted.disconnect()
         return True
 
-    def _choose_victim(self) -> Connection | None:
+    def _choose_evicted(self) -> Connection | None:
         """Return the connection to close at the limit, None if all are busy.
 
         It is the one that has waited longest for its client, if that is over a second; or else the one that has been
@@ -141,7 +141,7 @@ class ConnectionRegistry:
         idle, idle_since = next(iter(self._idle.items()), (None, now))
         if waiting_since < now - STALL_SECONDS:
             return waiting
-        if idle_since < now - FRESH_SECONDS:
+        if idle_since < now - MIN_IDLE_SECONDS:
             return idle
         return waiting or next((used for used in self._idle if used not in self._unused), None)
 
@@ -159,7 +159,7 @@ class ConnectionRegistry:
         """Register that the connection waits for its client, from now on."""
         self._waiting.pop(connection, None)
         self._waiting[connection] = asyncio.get_running_loop().time()
-        self._admit_newcomer()
+        self._admit_pending()
 
     def mark_proceeding(self, connection: Connection) -> None:
         """Register that the connection does not wait for its client any more."""
@@ -183,7 +183,7 @@ class ConnectionRegistry:
         self._forget(connection)
         if not self._busy and not self._idle:
             self._empty.set()
-        self._admit_newcomer()
+        self._admit_pending()
 
     def _forget(self, connection: Connection) -> None:
         self._busy.discard(connection)
@@ -192,7 +192,7 @@ class ConnectionRegistry:
         self._waiting.pop(connection, None)
 
     def drain(self) -> None:
-        """Give clients DRAIN_SEND_SECONDS to read, and abort the connections that carry no request yet."""
+        """Give clients DRAIN_SEND_SECONDS to read, and abort the connections whose TLS handshake has not finished."""
         self._is_draining = True
         self._send_timeout_seconds = min(self._send_timeout_seconds, DRAIN_SEND_SECONDS)
         for connection in [*self._handshaking]:
@@ -204,7 +204,7 @@ class ConnectionRegistry:
             connection.abort()
 
     async def close_stalled(self) -> None:
-        """Drop, until cancelled, the answers of which a client has taken nothing for the time it has to read."""
+        """Drop, until cancelled, the responses of which a client has read nothing for the time that it has."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(CHECK_PERIOD_SECONDS)

@@ -26,7 +26,7 @@ class PatchedH11Protocol(H11Protocol):
     It fixes these faults of Hypercorn:
 
     - A request with both Content-Length and Transfer-Encoding is answered, and so is what a proxy took for its body.
-      Here the connection is closed after the answer (RFC 9112, section 6.1).
+      Here the connection is closed after the response (RFC 9112, section 6.1).
     - The target of a request that a client sends to a proxy, `GET http://host/path`, is taken for a path. Here it is
       split (section 3.2.2).
     - A WebSocket handshake that is refused, as all are here, leaves its connection open and busy for ever; an upgrade

@@ -1,4 +1,4 @@
-"""Fixes for HTTP/2 in Hypercorn 0.18 and h2 4: one connection, whose streams and frames cost nobody else anything."""
+"""Fixes for HTTP/2 in Hypercorn 0.18 and h2 4: limits on control frames, and errors that reset one stream only."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Http2Connection(H2Connection):
       that only its stream is reset: a blank at the end of a field's value, a field name in upper case, a missing
       pseudo-header, a body of another length than content-length says. The header block has been decoded by then, so
       that the next one can be.
-    - A stream too many ends the connection: https://github.com/pgjones/hypercorn/issues/335. Here it is refused
+    - A stream beyond the limit ends the connection: https://github.com/pgjones/hypercorn/issues/335. Here it is refused
       (section 5.1.2), and clients may retry it.
     """
 

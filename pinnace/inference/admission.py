@@ -84,7 +84,8 @@ def check_max_rows(num_rows: int, settings: Settings) -> None:
 class ByteBudget:
     """Limits the bytes of all bodies and messages in memory: those still being received, and those not sent yet.
 
-    When bytes are missing, the functions in `reclaimers` are called with their number: they end what waits to be sent.
+    When bytes are missing, the functions in `reclaimers` are called with their number: they end the connections or
+    calls whose responses have waited longest.
     """
 
     def __init__(self, max_bytes: int) -> None:

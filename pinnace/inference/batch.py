@@ -19,7 +19,7 @@ from pinnace.observability.metrics import Metrics
 from pinnace.observability.timings import RequestTimings
 from pinnace.predictor import Arrays, Predictor, PreprocessCost, Request
 
-Answer = TypeVar("Answer", covariant=True)
+Result = TypeVar("Result", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class PreprocessedRequest:
         return {name: (array.dtype, array.shape[1:]) for name, array in self.arrays.items()}
 
 
-class Steps(Protocol[Answer]):
+class Steps(Protocol[Result]):
     """The steps of one request before and after the model. They run one after another, on worker threads."""
 
     def estimate(self) -> PreprocessCost:
@@ -48,7 +48,7 @@ class Steps(Protocol[Answer]):
     def preprocess(self, is_abandoned: Callable[[], bool]) -> PreprocessedRequest:
         """Convert the request to arrays. `is_abandoned` says whether nobody waits any more. Raises ServingError."""
 
-    def postprocess(self, preprocessed: PreprocessedRequest, predictions: Arrays) -> Answer:
+    def postprocess(self, preprocessed: PreprocessedRequest, predictions: Arrays) -> Result:
         """Convert the predictions for the request's rows to the result of the request. Raises ServingError."""
 
 

@@ -62,7 +62,7 @@ class DataPlane:
                 tasks.create_task(self._watch_threads(self._scheduler))
 
     async def _watch_threads(self, scheduler: Scheduler) -> None:
-        """Report the server not ready while no request is decoded, or run, within its deadline."""
+        """Report the server not ready while all decode threads, or a run, are busy for longer than a request may be."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             self.repository.set_stuck(scheduler.stuck_seconds > self.settings.request_timeout_seconds)

@@ -1,8 +1,8 @@
-"""The decode budget: how much of the memory, and how many of the worker threads, requests may take to be decoded.
+"""The decode budget: it limits the memory and the worker threads that decoding uses.
 
-A picture of 2 kB can take 750 MiB and a second of CPU. A request therefore gets a share of the budget before it is
+An image of 2 kB can take 750 MiB and a second of CPU. A request therefore gets a share of the budget before it is
 decoded, or waits for one, without a thread, in order of arrival. An eighth of the memory is kept for small requests and
-one thread for quick ones: while large pictures are decoded, small ones get their turn.
+one thread for quick ones: while large images are decoded, small ones get their turn.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pinnace.errors import Overloaded, TooLarge
 from pinnace.predictor import PreprocessCost
 
 MIB = 1024 * 1024
-SMALL_PART = 8  # a part of the budget is kept for small requests: an eighth
-SMALL_SHARES = 4  # of which each takes a quarter at most
+SMALL_PART = 8  # one eighth of the budget is kept for small requests
+SMALL_SHARES = 4  # a small request takes at most a quarter of that
 SLOW_SECONDS = 0.25  # a JPEG of 17 megapixels
 
 

@@ -98,7 +98,7 @@ class Repository:
                 "request_timeout_seconds"
             )
         else:
-            logger.info("ready again: the threads are free")
+            logger.info("ready again: worker threads are free")
         self._notify()
 
     def drain(self) -> None:

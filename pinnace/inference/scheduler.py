@@ -75,7 +75,7 @@ class JobQueue:
         return partial(self._run, self._jobs.popleft(), started_at)
 
     def busy_seconds(self, now: float) -> float:
-        """Return for how long no job could start, because as many run as may. Call with the scheduler's lock held."""
+        """Return for how many seconds all slots have been busy. Call with the scheduler's lock held."""
         return now - max(self._started_at) if len(self._started_at) >= self._max_concurrency else 0.0
 
     def _run(self, job: Job, started_at: float) -> None:

@@ -93,8 +93,8 @@ class Classifier(Predictor):
                 work_pixels += header.work_pixels
         if work_pixels > self.settings.max_request_pixels:
             raise TooLarge(
-                f"the images of the request have {work_pixels} pixels, of a JPEG times a tenth of its scans if it has "
-                f"more than 10: they exceed max_request_pixels ({self.settings.max_request_pixels})"
+                f"the images of the request have {work_pixels} pixels, more than max_request_pixels "
+                f"({self.settings.max_request_pixels}); a JPEG of more than 10 scans counts once for every 10"
             )
         return PreprocessCost(peak_bytes + num_rows * math.prod(self.row_shape) * FLOAT_BYTES, seconds)
 

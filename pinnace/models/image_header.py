@@ -86,7 +86,8 @@ class ImageHeader:
     decode_bytes: int
     """Peak of the memory while the image is decoded and converted to RGB, the RGB image included."""
     work_pixels: int
-    """Pixels that the decoder works on: those of the image, times its scans if there are more than the usual 10."""
+    """Pixels that the decoder processes: those of the image, times a tenth of its scans if there are more than 10; with
+    arithmetic coding, times all its scans."""
     parts: Sequence[slice] = (slice(None),)
     """The parts of the file that decoding needs, without metadata."""
 

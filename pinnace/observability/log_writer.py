@@ -1,9 +1,9 @@
-"""Log lines on standard output and standard error, written so that no request waits for who reads them.
+"""Log lines on standard output and standard error, written so that requests never wait for a slow reader.
 
 A pipe holds 64 KiB. Once nobody reads it, the next write waits, on the event loop for ever: the server answered 577
 requests, and then neither probes nor SIGTERM. Here a line is written at once only if a pipe is nearly empty. Otherwise
 it waits in a queue for a thread that writes, and beyond the queue's limit it is dropped and counted. A thread for every
-line would cost a request 35 us of CPU more (measured).
+line would cost a request 35 µs of CPU more (measured).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class StopDeadline:
 
     def _end(self) -> NoReturn:
         error = self._get_error()
-        logger.warning("the event loop did not end with the grace period: the process ends without it")
+        logger.warning("the event loop did not stop within the grace period: ending the process anyway")
         if error:
             print_error(error)
         end_process(error.exit_code if error else 0)

@@ -90,18 +90,18 @@ async def _serve(
     """Listen, report ready, serve until a stop, drain, and stop. Raises ShutdownTimeout and RayHeadLost."""
     stop, force_exit, stop_accepting, cut = asyncio.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    verdict: list[StartupError | None] = []  # empty until the grace period is over
+    final_error: list[StartupError | None] = []  # empty until the grace period is over
     grpc: GrpcServer | None = None
 
-    def make_verdict() -> StartupError | None:
+    def get_final_error() -> StartupError | None:
         """Return the error that the server ends with, if it is cut now."""
-        if verdict:
-            return verdict[0]
+        if final_error:
+            return final_error[0]
         unanswered = dataplane.in_flight + http.num_sending + (grpc.num_unsent if grpc else 0)
         why = "at a second signal" if force_exit.is_set() else "at the end of --grace_period_seconds"
         return ShutdownTimeout(f"stopped {why} with {unanswered} requests unanswered") if unanswered else None
 
-    stop_deadline = StopDeadline(settings.grace_period_seconds, make_verdict)
+    stop_deadline = StopDeadline(settings.grace_period_seconds, get_final_error)
     is_signalled = False
 
     def on_signal(*_: Any) -> None:
@@ -150,16 +150,16 @@ async def _serve(
         finished: asyncio.Future[Any] = asyncio.gather(*listeners, return_exceptions=True)
         left_seconds = stop_deadline.left_seconds
         await asyncio.wait({forced, finished}, timeout=left_seconds, return_when=asyncio.FIRST_COMPLETED)
-        verdict.append(make_verdict())  # before requests are cancelled, which takes them out of the count
+        final_error.append(get_final_error())  # before requests are cancelled, which takes them out of the count
         cut.set()
         http.abort()
         await _cancel({*listeners, forced, watcher})
     for number in STOP_SIGNALS:  # the exit code is decided: further signals must not change it
         signal.signal(number, signal.SIG_IGN)
-    if not verdict[0] and not watcher.cancelled():
-        verdict[0] = watcher.result()
-    if verdict[0]:
-        raise verdict[0]
+    if not final_error[0] and not watcher.cancelled():
+        final_error[0] = watcher.result()
+    if final_error[0]:
+        raise final_error[0]
     logger.info("stopped")
 
 
