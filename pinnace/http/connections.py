@@ -82,7 +82,7 @@ class ConnectionRegistry:
         if self._make_room():
             self._register(connection)
             return True
-        if len(self._pending) >= MAX_PENDING_CONNECTIONS:
+        if self._has_flood():
             return False
         loop = asyncio.get_running_loop()
         admitted = self._pending[connection] = loop.create_future()
@@ -114,6 +114,10 @@ class ConnectionRegistry:
             self._pending.pop(connection).set_result(None)
             self._register(connection)
 
+    def _has_flood(self) -> bool:
+        """Return whether as many new connections wait to be admitted as may."""
+        return len(self._pending) >= min(MAX_PENDING_CONNECTIONS, self.max_connections)
+
     def _make_room(self) -> bool:
         """Close a connection if the limit is reached. Return False if all are busy."""
         if len(self._busy) + len(self._idle) < self.max_connections:
@@ -134,7 +138,7 @@ class ConnectionRegistry:
 
         It is the one that has waited longest for its client, if that is over a second; or else the one that has been
         idle longest, unless it has just sent its last response or been accepted; or else any that waits, then any idle
-        one that has had its turn. One that was just accepted is about to send its request.
+        one that has had its turn. One that was just accepted is closed only in a flood: its request is about to come.
         """
         now = asyncio.get_running_loop().time()
         waiting, waiting_since = next(iter(self._waiting.items()), (None, now))
@@ -143,7 +147,11 @@ class ConnectionRegistry:
             return waiting
         if idle_since < now - MIN_IDLE_SECONDS:
             return idle
-        return waiting or next((used for used in self._idle if used not in self._unused), None)
+        if waiting:
+            return waiting
+        if self._has_flood():
+            return idle
+        return next((used for used in self._idle if used not in self._unused), None)
 
     def is_idle(self, connection: Connection) -> bool:
         """Return whether the connection is registered and has no request in flight."""
@@ -156,7 +164,9 @@ class ConnectionRegistry:
         self._busy.add(connection)
 
     def mark_waiting(self, connection: Connection) -> None:
-        """Register that the connection waits for its client, from now on."""
+        """Register that the connection waits for its client, from now on, unless it is being closed already."""
+        if connection not in self._busy and connection not in self._idle:
+            return
         self._waiting.pop(connection, None)
         self._waiting[connection] = asyncio.get_running_loop().time()
         self._admit_pending()

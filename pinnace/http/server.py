@@ -23,7 +23,7 @@ from pinnace.settings import Settings
 
 LISTEN_BACKLOG = 2048
 # How many connections asyncio accepts before anything else runs, such as what closes others at the limit.
-ACCEPT_BATCH = 4
+ACCEPT_BATCH = 2
 # Bytes that the kernel takes beyond what a client has room for. Its default is up to 4 MB per connection.
 MAX_KERNEL_UNSENT_BYTES = 128 * 1024
 MAX_STREAMS = 1000

@@ -46,9 +46,15 @@ def make_connections() -> tuple[ConnectionRegistry, ByteBudget]:
     return connections, budget
 
 
+async def open_connection(connections: ConnectionRegistry) -> Unread:
+    connection = Unread(connections)
+    assert await connections.admit(connection)
+    return connection
+
+
 async def test_the_connection_without_progress_for_longest_is_aborted_for_bytes_that_do_not_fit() -> None:
     connections, budget = make_connections()
-    first, second, third = (Unread(connections) for _ in range(3))
+    first, second, third = [await open_connection(connections) for _ in range(3)]
     for connection in (first, second, third):
         connection.queue.add("socket", 30)
     first.queue.progress("socket", 10)
@@ -61,7 +67,7 @@ async def test_the_connection_without_progress_for_longest_is_aborted_for_bytes_
 
 async def test_a_response_that_exceeds_the_budget_alone_is_aborted_and_leaves_nothing_reserved() -> None:
     connections, budget = make_connections()
-    unread = Unread(connections)
+    unread = await open_connection(connections)
     unread.queue.add("stream 1", 60)
     unread.queue.add("stream 3", 60)
 
@@ -73,7 +79,7 @@ async def test_a_response_that_exceeds_the_budget_alone_is_aborted_and_leaves_no
 
 async def test_a_body_larger_than_the_budget_aborts_nobody() -> None:
     connections, budget = make_connections()
-    unread = Unread(connections)
+    unread = await open_connection(connections)
     unread.queue.add("socket", 10)
     with pytest.raises(Overloaded):
         budget.acquire(BUDGET_BYTES + 1)
@@ -105,3 +111,16 @@ async def test_an_application_that_streams_waits_while_its_client_gives_no_windo
 
     await buffer.pop(40_000)
     await sending
+
+
+async def test_a_connection_that_is_being_closed_makes_no_room_a_second_time() -> None:
+    connections = ConnectionRegistry(1, 30.0)
+    closed = await open_connection(connections)
+    connections.mark_busy(closed)
+    closed.queue.add("socket", 1)
+    busy = await open_connection(connections)
+    connections.mark_busy(busy)
+    assert closed.is_aborted
+    connections.mark_waiting(closed)
+
+    assert not await connections.admit(Unread(connections))
