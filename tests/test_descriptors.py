@@ -22,7 +22,7 @@ LOWERED = re.compile(r"max_connections is (\d+) per port instead of 1000: the li
 
 def test_a_low_limit_on_open_files_lowers_max_connections_and_locks_nobody_out() -> None:
     with run_command(["prlimit", f"--nofile={MIN_DESCRIPTORS}", *COMMAND]) as server, ExitStack() as stack:
-        assert [int(match[1]) > 4 for line in server.log if (match := LOWERED.search(line))] == [True]
+        assert [int(match[1]) > 0 for line in server.log if (match := LOWERED.search(line))] == [True]
         for _ in range(2 * MIN_DESCRIPTORS):
             stack.enter_context(server.connect())
         # A connection younger than 0.1 s is not closed for another.

@@ -64,11 +64,11 @@ def test_a_silent_handshake_is_closed_after_read_timeout_seconds(secure: Server)
 
 @pytest.mark.parametrize("http2", [False, True])
 def test_large_bodies_and_responses_pass(http2: bool, secure: Server, authority: Identity) -> None:
-    body = make_echo_request(5_000_000)
+    body = make_echo_request(2_000_000)
     with open_https_client(secure, authority, http2) as client:
         for _ in range(2):
             response = client.post("/v1/models/custom-model:predict", content=body)
-            assert len(response.json()["predictions"][0]) == 5_000_000
+            assert len(response.json()["predictions"][0]) == 2_000_000
 
 
 def test_neither_a_silent_handshake_nor_an_idle_client_holds_a_stop(

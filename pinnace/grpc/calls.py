@@ -52,7 +52,7 @@ class OpenCalls:
     @property
     def num_unsent(self) -> int:
         """Return the number of unary calls whose response waits to be sent."""
-        return sum(not call.is_stream for call in self._unsent)
+        return sum(not call.is_stream for call in [*self._unsent])  # another thread may ask
 
     @property
     def has_unary(self) -> bool:

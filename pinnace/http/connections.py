@@ -66,7 +66,7 @@ class ConnectionRegistry:
     @property
     def num_sending(self) -> int:
         """Return how many connections have responses that their clients have not read yet."""
-        return sum(connection.unsent_bytes > 0 for connection in self._waiting)
+        return sum(connection.unsent_bytes > 0 for connection in [*self._waiting])  # another thread may ask
 
     def use_budget(self, byte_budget: ByteBudget) -> None:
         """Count the bytes that wait to be sent in this budget, which may abort a connection to make room."""
@@ -91,6 +91,9 @@ class ConnectionRegistry:
             while not admitted.done() and loop.time() < deadline:
                 await asyncio.wait({admitted}, timeout=MIN_IDLE_SECONDS)
                 self._admit_pending()  # another may have become old enough to be closed
+        except BaseException:  # it is cancelled, perhaps just after it was admitted
+            self.remove(connection)
+            raise
         finally:
             self._pending.pop(connection, None)
         return admitted.done()
@@ -137,8 +140,9 @@ class ConnectionRegistry:
         """Return the connection to close at the limit, None if all are busy.
 
         It is the one that has waited longest for its client, if that is over a second; or else the one that has been
-        idle longest, unless it has just sent its last response or been accepted; or else any that waits, then any idle
-        one that has had its turn. One that was just accepted is closed only in a flood: its request is about to come.
+        idle longest, unless it has just sent its last response or been accepted; or else any in its TLS handshake, then
+        one that has waited for over 0.1 s, then any idle one that has had its turn. One that was just accepted is
+        closed only in a flood: its request is about to come. A shorter wait for a client is that of every response.
         """
         now = asyncio.get_running_loop().time()
         waiting, waiting_since = next(iter(self._waiting.items()), (None, now))
@@ -147,7 +151,10 @@ class ConnectionRegistry:
             return waiting
         if idle_since < now - MIN_IDLE_SECONDS:
             return idle
-        if waiting:
+        silent = next((new for new in self._waiting if new in self._handshaking), None)
+        if silent:
+            return silent
+        if waiting_since < now - MIN_IDLE_SECONDS:
             return waiting
         if self._has_flood():
             return idle

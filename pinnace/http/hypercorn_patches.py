@@ -115,7 +115,8 @@ class PatchedTCPServer(TCPServer):
                 self.abort()  # to refuse it in words would take a handshake, which costs more than a request
             else:
                 self.writer.write(REFUSAL)
-                await super()._close()
+                with suppress(OSError):
+                    await super()._close()
             return
         current_send_queue.set(self._send_queue)
         try:
@@ -141,7 +142,8 @@ class PatchedTCPServer(TCPServer):
     def disconnect(self) -> None:
         """Close the socket; no request is in flight."""
         if self.config.tls_context:
-            self.abort()  # otherwise it stays open until the client has confirmed the end
+            # Otherwise it stays open until the client has confirmed the end. The kernel sends what it has.
+            self.writer.transport.abort()
         else:
             self.writer.close()
 
@@ -153,8 +155,9 @@ class PatchedTCPServer(TCPServer):
             if task:
                 task.cancel()
         # Resets the connection. The kernel would go on trying to send what it has, to a client that does not read.
-        with suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if not self._client_left:  # uvloop would set it on a new connection that has got the same number
+            with suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
     def close_stalled(self, since: float) -> int:

@@ -46,6 +46,8 @@ class SendQueue:
             item = self._items[source] = _Item(0, asyncio.get_running_loop().time())
             if len(self._items) == 1:
                 self._connections.mark_waiting(self._connection)
+                if source not in self._items:  # the connection has just been closed to make room for a new one
+                    return
         item.size_bytes += size_bytes
         self.unsent_bytes += size_bytes
         self._connections.byte_budget.charge(size_bytes)

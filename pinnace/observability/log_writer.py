@@ -155,9 +155,10 @@ class LineWriter:
                     data = b""
                 data += encoded
             self._write_bytes(data)
-        except OSError as error:
+        except (OSError, RuntimeError, ValueError) as error:  # the last two are of a stream that closes just now
+            error_number = getattr(error, "errno", None) or errno.EIO
             with self._lock:
-                self._drop(len(lines), f"cannot be written ({os.strerror(error.errno or errno.EIO)})")
+                self._drop(len(lines), f"cannot be written ({os.strerror(error_number)})")
 
     def _write_bytes(self, data: bytes) -> None:
         while data:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # After the end of the grace period the event loop has this long to end the process itself.
 END_SECONDS = 0.7
+# The last lines of the log have this long to be written.
+REPORT_SECONDS = 2.0
 
 
 def print_error(error: StartupError) -> None:
@@ -80,7 +82,14 @@ class StopDeadline:
 
     def _end(self) -> NoReturn:
         error = self._get_error()
+        exit_code = error.exit_code if error else 0
+        # In a thread: the main thread may hold a lock of logging, in a write to a pipe that nobody reads.
+        threading.Thread(target=self._report_and_end, args=(error, exit_code), daemon=True).start()
+        time.sleep(REPORT_SECONDS)
+        os._exit(exit_code)
+
+    def _report_and_end(self, error: StartupError | None, exit_code: int) -> NoReturn:
         logger.warning("the event loop did not stop within the grace period: ending the process anyway")
         if error:
             print_error(error)
-        end_process(error.exit_code if error else 0)
+        end_process(exit_code)

@@ -104,10 +104,12 @@ async def _serve(
     stop_deadline = StopDeadline(settings.grace_period_seconds, get_final_error)
     is_signalled = False
 
-    def on_signal(*_: Any) -> None:
+    def on_signal(number: int, *_: Any) -> None:
         # Only this process's second signal forces the exit: the supervisor may have set `stop` already, since systemd
         # signals it and its workers at the same time.
         nonlocal is_signalled
+        if is_signalled and number == signal.SIGHUP:  # it comes twice when a terminal closes, or beside SIGTERM
+            return
         (stop_deadline.force if is_signalled else stop_deadline.start)()
         loop.call_soon_threadsafe((force_exit if is_signalled else stop).set)
         is_signalled = True

@@ -147,15 +147,18 @@ class Supervisor:
     async def run(self, workers: int) -> int:
         """Run that many workers until a stop signal. Return the first exit code that is not 0, else 0."""
         for number in STOP_SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         async with asyncio.TaskGroup() as tasks:
             slots = [tasks.create_task(self._supervise(number)) for number in range(1, workers + 1)]
         logger.info("stopped, with all workers")
         return next((task.result() for task in slots if task.result()), 0)
 
-    def _on_signal(self) -> None:
-        """Stop the workers; at a second signal, make them exit at once."""
-        if self._stop.is_set():
+    def _on_signal(self, number: int) -> None:
+        """Stop the workers; at a second signal, make them exit at once.
+
+        SIGHUP is not a second signal: it comes twice when a terminal closes, or beside SIGTERM.
+        """
+        if self._stop.is_set() and number != signal.SIGHUP:
             for worker in self._workers:
                 worker.send(FORCE_EXIT)
         self._stop.set()

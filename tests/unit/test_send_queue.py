@@ -124,3 +124,20 @@ async def test_a_connection_that_is_being_closed_makes_no_room_a_second_time() -
     connections.mark_waiting(closed)
 
     assert not await connections.admit(Unread(connections))
+
+
+async def test_a_connection_that_sends_its_response_is_not_closed_for_a_new_one() -> None:
+    connections, budget = make_connections()
+    connections.max_connections = 1
+    sending = await open_connection(connections)
+    connections.mark_busy(sending)
+    waiting = asyncio.create_task(connections.admit(Unread(connections)))
+    await asyncio.sleep(0)  # now it waits to be admitted
+
+    sending.queue.add("socket", 50)
+
+    assert not sending.is_aborted
+    sending.queue.finish("socket")
+    budget.acquire(BUDGET_BYTES)  # all bytes were given back
+    connections.remove(sending)
+    assert await waiting
