@@ -28,7 +28,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 help:
 	@echo "make run     serve AlexNet on ports 8080 (HTTP) and 8081 (gRPC), exporting it first if model/ is empty"
 	@echo "make model   export: ARCH=alexnet WEIGHTS=pretrained|auto|seeded:N|FILE.pth PRECISION=fp32|fp16|int8 OUT=model"
-	@echo "make test    run the tests but for the slow ones: four to eight minutes"
+	@echo "make test    run the tests but for the slow ones: six to eleven minutes"
 	@echo "make test-all   run the slow tests, which make test skips: ten to twenty minutes"
 	@echo "make test-ray   run the tests of --engine=ray, which installs Ray"
 	@echo "make test-pythons   run the tests that need no torch on other versions: PYTHONS=\"python3.12 python3.13\""
