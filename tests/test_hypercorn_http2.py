@@ -137,7 +137,7 @@ def test_a_malformed_request_resets_its_stream_only(name: str, end_stream: bool,
 
 
 def test_a_body_of_another_length_than_declared_resets_its_stream_only(server: Server) -> None:
-    """What the body used of the connection's window is given back: a hundred of them use it up otherwise."""
+    """Check that the window that a body used is given back: a hundred of them would use it up."""
     headers = [(b":method", b"POST"), (b":path", PREDICT.encode()), *REQUEST[2:], (b"content-length", b"10")]
     streams = range(1, 201, 2)
     with server.connect() as connection:

@@ -77,7 +77,7 @@ class Piece:
 
 
 class FrameScanner:
-    """What a client sends on one connection, in pieces of about a millisecond.
+    """Cuts what a client sends on one connection into pieces of about a millisecond.
 
     PRIORITY frames (RFC 9113, section 5.3.2) and frames of unknown types (section 4.1) are counted and left out. A
     WINDOW_UPDATE of 0 on a stream is left out, and the piece says which stream to reset (section 6.9): h2 would close

@@ -1,4 +1,4 @@
-"""What waits to be sent on one connection of the HTTP port, counted in bytes, with the time of the last progress."""
+"""The queue of data to send on one connection of the HTTP port, in bytes, with the time of the last progress."""
 
 from __future__ import annotations
 

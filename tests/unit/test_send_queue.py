@@ -1,4 +1,4 @@
-"""What waits to be sent on a connection, without a server."""
+"""The queue of data to send on a connection, without a server."""
 
 from __future__ import annotations
 
