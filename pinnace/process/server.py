@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pinnace.auth import Authenticator
 from pinnace.cpus import available_cpus
@@ -202,7 +202,10 @@ async def _watch_models(dataplane: DataPlane, stop: asyncio.Event) -> RayHeadLos
     try:
         await dataplane.watch()
     except* RayHeadLost as group:
-        lost = next(error for error in group.exceptions if isinstance(error, RayHeadLost))
+        leaf: BaseException = group  # of nested groups, one per task group
+        while isinstance(leaf, BaseExceptionGroup):
+            leaf = leaf.exceptions[0]
+        lost = cast(RayHeadLost, leaf)
         stop.set()
     return lost
 
