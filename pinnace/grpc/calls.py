@@ -51,8 +51,12 @@ class OpenCalls:
 
     @property
     def num_unsent(self) -> int:
-        """Return the number of unary calls whose response waits to be sent."""
-        return sum(not call.is_stream for call in [*self._unsent])  # another thread may ask
+        """Return the number of unary calls whose response has waited for over a second. Safe to use from any thread.
+
+        A shorter wait is that of every response: grpc reports it as sent some time after the client has it.
+        """
+        before = time.monotonic() - MIN_UNSENT_SECONDS
+        return sum(not call.is_stream and call.unsent_since <= before for call in [*self._unsent])
 
     @property
     def has_unary(self) -> bool:

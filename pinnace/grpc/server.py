@@ -60,7 +60,7 @@ class GrpcServer:
 
     @property
     def num_unsent(self) -> int:
-        """Return the number of unary calls whose response waits to be sent."""
+        """Return the number of unary calls whose response has waited to be sent for over a second."""
         return self._calls.num_unsent
 
     async def start(self) -> None:
