@@ -40,7 +40,7 @@ class Connection(Protocol):
         """Close the socket at once, and drop what waits to be sent."""
 
     def close_stalled(self, since: float) -> int:
-        """Drop the responses of which the client has taken nothing since that time. Return how many these were."""
+        """Drop the responses that the client has not read from since that time. Return their number."""
 
 
 class ConnectionRegistry:
@@ -221,7 +221,7 @@ class ConnectionRegistry:
             connection.abort()
 
     async def close_stalled(self) -> None:
-        """Drop, until cancelled, the responses of which a client has read nothing for the time that it has."""
+        """Drop the responses that clients do not read from in time, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(CHECK_PERIOD_SECONDS)

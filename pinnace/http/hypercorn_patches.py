@@ -161,7 +161,7 @@ class PatchedTCPServer(TCPServer):
         self.writer.transport.abort()
 
     def close_stalled(self, since: float) -> int:
-        """Drop the responses of which the client has taken nothing since that time. Return how many these were.
+        """Drop the responses that the client has not read from since that time. Return their number.
 
         An HTTP/2 stream without a window is reset; the connection is aborted if that leaves no other stream, or if the
         socket is what waits.

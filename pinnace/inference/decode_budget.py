@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from pinnace.errors import Overloaded, TooLarge
 from pinnace.predictor import PreprocessCost
+from pinnace.settings import MIB
 
-MIB = 1024 * 1024
 SMALL_PART = 8  # one eighth of the budget is kept for small requests
 SMALL_SHARES = 4  # a small request takes at most a quarter of that
 SLOW_SECONDS = 0.25  # a JPEG of 17 megapixels

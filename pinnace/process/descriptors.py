@@ -50,7 +50,7 @@ def fit_max_connections(settings: Settings) -> Settings:
     per_port = (limit - num_open - RESERVED_DESCRIPTORS) // num_ports
     if per_port < 1:
         raise ConfigurationError(
-            f"the limit on open files is {limit}, of which {num_open} are open, and this leaves none for connections: "
+            f"the limit on open files is {limit} and {num_open} are open, which leaves none for connections: "
             "raise it (ulimit -n, RLIMIT_NOFILE)"
         )
     return replace(settings, max_connections=min(settings.max_connections, per_port))

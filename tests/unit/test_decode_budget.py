@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pinnace.errors import Overloaded, TooLarge
-from pinnace.inference.decode_budget import MIB, SLOW_SECONDS, DecodeBudget, Share
+from pinnace.inference.decode_budget import SLOW_SECONDS, DecodeBudget, Share
 from pinnace.predictor import PreprocessCost
+from pinnace.settings import MIB
 
 MAX_BYTES = 80 * MIB  # of which 10 are kept for small requests, of up to 2.5 each
 
